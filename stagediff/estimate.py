@@ -1,0 +1,107 @@
+"""What a plan will cost: tokens and bytes from the specs; time from earlier runs in the same store, else from this machine's matmul speed."""
+
+import statistics
+import time
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from stagediff import steps
+from stagediff.plan import Plan
+from stagediff.spec import Ref
+from stagediff.store import State, Store
+
+__all__ = ["Estimate", "Row", "estimate_plan"]
+
+EFFICIENCY = 0.25
+"""Share of the machine's matmul speed that a step reaches when nothing was measured yet."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Size of one step: tokens read, bytes kept, floating point operations."""
+
+    tokens: int = 0
+    bytes: int = 0
+    flops: float = 0.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of `stagediff plan`."""
+
+    name: str
+    ref: Ref
+    state: str
+    to_run: bool
+    tokens: int | None
+    bytes: int | None
+    seconds: float | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**self.__dict__, "ref": str(self.ref)}
+
+
+_STATE = {State.COMPLETE: "done", State.PARTIAL: "partial", State.EVICTED: "evicted", State.ABSENT: "to do"}
+
+
+def estimate_plan(plan: Plan, store: Store) -> list[Row]:
+    """A row per node. Nodes whose step has no estimate show only their state."""
+    missing = {node.ref for node in plan.missing(store)}
+    sizes = {node.ref: _size(node.spec, plan) for node in plan}
+    rates = _measured_rates(plan, store, sizes) if missing else {}
+    rows = []
+    for node in plan:
+        artifact = store.artifact(node.ref)
+        size, seconds, held = sizes[node.ref], None, None
+        if artifact.is_complete:
+            seconds, held = artifact.manifest.seconds, artifact.manifest.size
+        elif size and size.flops:
+            rate = rates.get(node.spec.step) or EFFICIENCY * _matmul_speed()
+            seconds = size.flops / rate
+        rows.append(
+            Row(
+                name=node.name,
+                ref=node.ref,
+                state=_STATE[artifact.state],
+                to_run=node.ref in missing,
+                tokens=size.tokens if size else None,
+                bytes=held if held is not None else (size.bytes if size else None),
+                seconds=seconds,
+            )
+        )
+    return rows
+
+
+def _size(spec: Any, plan: Plan) -> Estimate | None:
+    step = steps.get(spec.step)
+    return steps.resolve(step.estimate)(spec, plan) if step.estimate else None
+
+
+def _measured_rates(plan: Plan, store: Store, sizes: dict[Ref, Estimate | None]) -> dict[str, float]:
+    """Operations per second of each step, the median over this plan's finished nodes."""
+    seen: dict[str, list[float]] = {}
+    for node in plan:
+        size = sizes[node.ref]
+        if size and size.flops and store.artifact(node.ref).is_complete:
+            seconds = store.artifact(node.ref).manifest.seconds
+            if seconds > 0:
+                seen.setdefault(node.spec.step, []).append(size.flops / seconds)
+    return {step: statistics.median(values) for step, values in seen.items()}
+
+
+@cache
+def _matmul_speed() -> float:
+    """Operations per second of one bf16 matrix product here."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    n = 8192 if device == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
+    float((a @ a).sum())
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        float((a @ a).sum())
+        times.append(time.perf_counter() - start)
+    return 2 * n**3 / min(times)

@@ -1,0 +1,243 @@
+"""Harvest: runs a model over token rows up to a hook point and stores the activations as bf16 shards.
+
+The array `data` [n, d] holds the rows one after the other, each without the skipped positions, so activation j belongs to row
+j // tokens_per_row. Shards hold whole token rows: a killed harvest goes on at the first missing shard, and several workers share one by
+shard ranges. While one shard is computed the one before it is written by a second thread; memory is three shards and one batch.
+
+fp16 is never used: residual streams overflow it (Gemma 3 reaches 696,320). NaN and infinity are an error that names the row and the layer.
+"""
+
+import json
+import queue
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stagediff.errors import UserError
+from stagediff.lm import hooks, sources
+from stagediff.lm.activations import kept_positions
+from stagediff.lm.models import LoadedModel, load_model
+from stagediff.lm.spec import HarvestSpec, HookPoint, TokensSpec
+
+if TYPE_CHECKING:
+    from stagediff.steps import Job
+    from stagediff.store.arrays import ArrayWriter
+    from stagediff.store.writer import Writer
+
+__all__ = ["chunk_rows", "compute", "forward_shard"]
+
+CHUNK_BYTES = 8 << 20
+
+
+def compute(spec: HarvestSpec, job: "Job") -> dict[str, Any] | None:
+    """Writes array `data` (bf16 as uint16) [rows * kept positions, d]; None while other workers' shards are missing.
+
+    Figures: tokens, d, mean_norm, max_norm and mean_norm_per_sqrt_d of the stored vectors.
+    Raises UserError: not enough rows, token ids the model does not know, NaN or infinity in the activations.
+    """
+    tokens = job.artifact(spec.tokens)
+    token_spec = tokens.spec()
+    if not isinstance(token_spec, TokensSpec):
+        raise UserError(
+            f"{spec.tokens} is an artifact of step {token_spec.step!r}. Plain token rows are harvested; a mix is read through its base and "
+            "new rows' activations."
+        )
+    _check(spec, token_spec)
+    sources.check_hook(spec.model, spec.hook, job.store)
+    rows = tokens.array("rows")
+    if rows.shape[0] < spec.rows:
+        raise UserError(
+            f"The harvest asks for {spec.rows:,} token rows, but {spec.tokens} holds {rows.shape[0]:,}. Draw more rows, or harvest fewer."
+        )
+    config = sources.model_config(spec.model, job.store)
+    assert config is not None
+    d = sources.width(config)
+    kept = kept_positions(token_spec.context, spec.skip_positions)
+    per_row = len(kept)
+    n = spec.rows * per_row
+    shard_tokens = spec.shard_rows * per_row
+    array = job.writer.array(
+        "data",
+        shape=(n, d),
+        dtype="uint16",
+        chunk_rows=chunk_rows(shard_tokens, d),
+        shard_rows=shard_tokens,
+        attributes={"encoding": "bfloat16", "hook": spec.hook.model_dump(), "tokens_per_row": per_row},
+    )
+    loaded: LoadedModel | None = None
+    computed, start, cpu_start, waited = 0, 0.0, 0.0, 0.0
+    i, of = job.part
+    mine = range(array.n_shards * i // of, array.n_shards * (i + 1) // of)
+    there = sum(array.rows_of(shard) for shard in array.done() if shard in mine)
+    with (
+        job.progress.task("harvest", sum(array.rows_of(shard) for shard in mine), "tokens", done=there) as task,
+        _Writer(job.writer, array) as writer,
+    ):
+        for shard in array.pending(part=job.part):
+            if loaded is None:
+                loaded = load_model(spec.model, job.store, precision=spec.precision, device=job.device, upto=spec.hook)
+                start, cpu_start = time.perf_counter(), time.process_time()
+            first = shard * spec.shard_rows
+            ids = rows.read_rows(first, min(first + spec.shard_rows, spec.rows))
+            _check_ids(ids, loaded, spec)
+            block = writer.block(len(ids) * per_row, d, pinned=job.device.startswith("cuda"))
+            norms = forward_shard(loaded, spec.hook, ids, kept, spec.batch_rows, block, advance=task.advance)
+            if not bool(torch.isfinite(norms).all()):
+                _explain(loaded, spec, ids, block, first, per_row)
+            waited += writer.put(shard, block, norms)
+            computed += len(block)
+    if computed:
+        seconds = time.perf_counter() - start
+        job.notes["harvest"] = {
+            "tokens": computed,
+            "seconds": round(seconds, 3),
+            "cpu_seconds": round(time.process_time() - cpu_start, 3),
+            "tokens_per_second": round(computed / seconds),
+            "seconds_waited_for_writer": round(waited, 3),
+        }
+    return {"tokens": n, "d": d, **_norms(job.writer, array, d)} if array.is_complete else None
+
+
+def chunk_rows(shard_rows: int, d: int) -> int:
+    """Rows per chunk: the largest divisor of the shard's rows that stays within 8 MiB at 2 d bytes per row (at least one row)."""
+    parts = min(shard_rows, max(1, -(-shard_rows * d * 2 // CHUNK_BYTES)))
+    while shard_rows % parts:
+        parts += 1
+    return shard_rows // parts
+
+
+def forward_shard(
+    loaded: LoadedModel, hook: HookPoint, ids: np.ndarray, kept: np.ndarray, batch_rows: int, out: Tensor, advance: Any = None
+) -> Tensor:
+    """Fills out [rows * kept, d] (bf16, CPU) with the activations of ids [rows, context]; returns the vectors' norms, float32 [rows * kept].
+
+    On CUDA, copies overlap with the next batch; all are done on return.
+    """
+    device = loaded.device
+    norms = []
+    is_run = bool((np.diff(kept) == 1).all())
+    picked = slice(int(kept[0]), int(kept[-1]) + 1) if is_run else torch.from_numpy(kept.astype(np.int64))
+    at = 0
+    with torch.inference_mode():
+        for low in range(0, len(ids), batch_rows):
+            batch = torch.from_numpy(ids[low : low + batch_rows].astype(np.int64)).to(device, non_blocking=True)
+            x = hooks.read(loaded.model, hook, batch)[:, picked].to(torch.bfloat16)  # [batch, kept, d]
+            place = out[at : at + x.shape[0] * x.shape[1]]
+            place.view(x.shape).copy_(x, non_blocking=True)
+            norms.append(torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).reshape(-1))
+            at += len(place)
+            if advance is not None:
+                advance(len(place))
+        return torch.cat(norms).cpu()  # on CUDA this waits for everything before it
+
+
+def _check(spec: HarvestSpec, tokens: TokensSpec) -> None:
+    if spec.shard_rows % spec.batch_rows:
+        raise UserError(
+            f"shard_rows ({spec.shard_rows}) is no multiple of batch_rows ({spec.batch_rows}). Choose one that is, so that every batch "
+            "lies in one shard."
+        )
+    wrong = [p for p in spec.skip_positions if not 0 <= p < tokens.context]
+    if wrong or len(set(spec.skip_positions)) == tokens.context:
+        raise UserError(
+            f"skip_positions {spec.skip_positions} do not fit rows of {tokens.context} tokens: positions 0 to {tokens.context - 1} exist, "
+            "and one at least must stay."
+        )
+
+
+def _check_ids(ids: np.ndarray, loaded: LoadedModel, spec: HarvestSpec) -> None:
+    if ids.size and (int(ids.max()) >= loaded.vocab or int(ids.min()) < 0):
+        raise UserError(
+            f"The token rows {spec.tokens} hold token id {int(ids.max())}, but the model {loaded.where} knows ids 0 to {loaded.vocab - 1}. "
+            "They were made with another tokenizer; draw the rows with the model's own."
+        )
+
+
+def _explain(loaded: LoadedModel, spec: HarvestSpec, ids: np.ndarray, block: Tensor, first: int, per_row: int) -> None:
+    """Raises UserError naming the row and the first layer that yields NaN or infinity; returns when only a norm overflowed."""
+    bad = ~torch.isfinite(block).all(dim=1)
+    if not bool(bad.any()):
+        return
+    row = int(bad.nonzero()[0]) // per_row
+    input_ids = torch.from_numpy(ids[row : row + 1].astype(np.int64)).to(loaded.device)
+    where = f"layer {spec.hook.layer} ({spec.hook.site})"
+    for layer in range(spec.hook.layer + 1):
+        if not bool(torch.isfinite(hooks.read(loaded.model, HookPoint(layer=layer), input_ids)).all()):
+            where = f"the output of layer {layer - 1}" if layer else "the embedding"
+            break
+    raise UserError(
+        f"The model {loaded.where} yields NaN or infinity at {where} on token row {first + row} of {spec.tokens} in {spec.precision}. "
+        "Activations must be finite: check the model's weights (a damaged or diverged checkpoint is the usual reason), or try precision "
+        "fp32."
+    )
+
+
+def _norms(writer: "Writer", array: "ArrayWriter", d: int) -> dict[str, float]:
+    """Mean and largest norm over all shards, whoever computed them, from the small file beside each."""
+    total, largest, count = 0.0, 0.0, 0
+    for shard in range(array.n_shards):
+        found = json.loads(writer.read_bytes(_norms_file(shard)))
+        total, largest, count = total + found["sum"], max(largest, found["max"]), count + found["tokens"]
+    mean = total / count
+    return {"mean_norm": mean, "max_norm": largest, "mean_norm_per_sqrt_d": mean / d**0.5}
+
+
+def _norms_file(shard: int) -> str:
+    return f"norms/{shard:06d}.json"
+
+
+class _Writer:
+    """Writes shards in a thread of its own, in order; at most one waits while one is written. A fault there is raised at the next call here."""
+
+    def __init__(self, writer: "Writer", array: "ArrayWriter"):
+        self._writer, self._array = writer, array
+        self._waiting: queue.Queue[tuple[int, Tensor, Tensor] | None] = queue.Queue(maxsize=1)
+        self._free: list[Tensor] = []
+        self._fault: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="stagediff-shard-writer", daemon=True)
+
+    def __enter__(self) -> "_Writer":
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._waiting.put(None)
+        self._thread.join()
+        if kind is None:
+            self._raise()
+
+    def block(self, n: int, d: int, pinned: bool) -> Tensor:
+        """Memory for a shard [n, d] bf16, used again once it is written."""
+        while self._free:
+            kept = self._free.pop()
+            if kept.shape[0] >= n:
+                return kept[:n]
+        return torch.empty((n, d), dtype=torch.bfloat16, pin_memory=pinned)
+
+    def put(self, shard: int, block: Tensor, norms: Tensor) -> float:
+        """Hands a shard and its vectors' norms over; returns the seconds waited for the writer."""
+        self._raise()
+        start = time.perf_counter()
+        self._waiting.put((shard, block, norms))
+        return time.perf_counter() - start
+
+    def _raise(self) -> None:
+        if self._fault is not None:
+            raise self._fault
+
+    def _run(self) -> None:
+        while (item := self._waiting.get()) is not None:
+            if self._fault is not None:
+                continue
+            shard, block, norms = item
+            try:
+                found = {"tokens": len(norms), "sum": float(norms.double().sum()), "max": float(norms.max())}
+                self._writer.write_json(_norms_file(shard), found)
+                self._array.write_shard(shard, block.view(torch.uint16).numpy())
+                self._free.append(block)
+            except BaseException as error:
+                self._fault = error

@@ -1,0 +1,46 @@
+"""The numerics class of a computation: what besides the spec decides its last bits. Recorded in every manifest."""
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+from stagediff.errors import UserError
+
+__all__ = ["describe", "resolve_device"]
+
+_VERSIONS = ("stagediff", "torch", "transformers", "zarr", "numpy", "pyarrow", "safetensors")
+
+
+def resolve_device(device: str) -> str:
+    """ "auto" becomes the first CUDA device where there is one, else the CPU."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(
+            f"Device {device!r} was asked for, but torch {torch.__version__} sees no CUDA device here. Use --device cpu, or install a CUDA build of torch."
+        )
+    return device
+
+
+def describe(device: str) -> dict[str, Any]:
+    """Device kind, threads and library versions. Two runs of one spec give the same bytes when these agree."""
+    import torch
+
+    versions = {}
+    for name in _VERSIONS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    kind = torch.cuda.get_device_name(device) if device.startswith("cuda") else torch.backends.cpu.get_cpu_capability()
+    return {
+        "device": kind,
+        "threads": torch.get_num_threads(),
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }

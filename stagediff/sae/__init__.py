@@ -1,0 +1,1 @@
+"""Sparse dictionaries (SAEs): architectures, training, metrics, statistics, formats of other libraries."""

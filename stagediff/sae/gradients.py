@@ -1,0 +1,105 @@
+"""The algebra that all architectures share: one pass forward, the squared error, and the way back to the weights, written out by hand.
+
+L = 1/B sum_b ||x_hat_b - x_b||^2 + sparsity. Matrix products run in the parameters' compute type (bf16 on request), everything of size
+[B, d], [F, d] or smaller in the master type (fp32). Autograd is not used: it would keep [B, F] tensors that are not needed and cast more
+than once. Exactness is tested against autograd in float64. Ten d F floating-point operations per token: two forward, three for weights and
+activations.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from stagediff.sae.spec import DictionaryConfig
+
+__all__ = ["Context", "Forward", "Gradient", "column_sums", "encode", "keep_active", "parallel_removed", "reconstruct", "to_encoder"]
+
+
+class Context(NamedTuple):
+    """What a step's gradient depends on besides parameters and batch."""
+
+    config: "DictionaryConfig"
+    """With every default resolved."""
+    sparsity: float
+    """Weight of the sparsity term at this step (after its warm-up)."""
+    compute: torch.dtype
+    """Type of the matrix products."""
+    dead: Tensor | None = None
+    """Indices of dead features (AuxK); None: there are none."""
+
+
+class Gradient(NamedTuple):
+    """One step's outcome. Means are per token, the error summed over d, in scaled units."""
+
+    loss: Tensor
+    """What is minimised: error + sparsity term + AuxK."""
+    error: Tensor
+    """1/B sum_b ||x_hat_b - x_b||^2."""
+    sparsity: Tensor
+    """The sparsity term without its weight: sum_i f_i ||W_dec_i|| (relu), L0 (jumprelu), 0 for the others."""
+    f: Tensor
+    """Activations [B, F]."""
+    fired: Tensor
+    """[F] bool: fired in this batch."""
+    gradients: dict[str, Tensor]
+    """By parameter name, in the master type."""
+    threshold: Tensor | None = None
+    """batchtopk: the smallest activation that was kept."""
+
+
+@dataclass
+class Forward:
+    """The pass up to the pre-activations, and the weights in compute type."""
+
+    inner: Tensor
+    """[B, d] what the encoder sees."""
+    pre: Tensor
+    """[B, F] pre-activations."""
+    W_enc: Tensor
+    """[d, F]"""
+    W_dec: Tensor
+    """[F, d]"""
+
+
+def encode(p: dict[str, Tensor], x: Tensor, context: Context) -> Forward:
+    """Pre-activations of the scaled batch x [B, d] (master type) under parameters p."""
+    t = context.compute
+    inner = (x - p["b_dec"] if context.config.subtract_b_dec else x).to(t)
+    W_enc = p["W_enc"].to(t)
+    return Forward(inner, torch.addmm(p["b_enc"].to(t), inner, W_enc), W_enc, p["W_dec"].to(t))
+
+
+def reconstruct(p: dict[str, Tensor], x: Tensor, forward: Forward, f: Tensor) -> tuple[Tensor, Tensor]:
+    """The error x_hat - x [B, d] in master type, and its mean squared norm per token."""
+    error = torch.mm(f, forward.W_dec).to(x.dtype)
+    error += p["b_dec"]
+    error -= x
+    return error, error.square().sum() / len(x)
+
+
+def column_sums(values: Tensor, master: torch.dtype) -> Tensor:
+    """Sums over the batch [F] of values [B, F]. As a product: `sum(dtype=fp32)` would first copy all of them to fp32."""
+    return torch.mm(values.new_ones(1, len(values)), values)[0].to(master)
+
+
+def keep_active(gradient: Tensor, f: Tensor) -> Tensor:
+    """Sets `gradient` [B, F] to 0 where f is 0, in place, and returns it."""
+    return torch.ops.aten.threshold_backward.grad_input(gradient, f, 0, grad_input=gradient)
+
+
+def to_encoder(p: dict[str, Tensor], context: Context, forward: Forward, error: Tensor, g_pre: Tensor) -> dict[str, Tensor]:
+    """Gradients of W_enc, b_enc, b_dec from those of the pre-activations g_pre [B, F] and the error [B, d]."""
+    master = error.dtype
+    b_enc = column_sums(g_pre, master)
+    b_dec = error.sum(0) * (2 / len(error))
+    if context.config.subtract_b_dec:
+        b_dec -= p["W_enc"] @ b_enc
+    return {"W_enc": torch.mm(forward.inner.t(), g_pre).to(master), "b_enc": b_enc, "b_dec": b_dec}
+
+
+def parallel_removed(gradient: Tensor, W_dec: Tensor) -> Tensor:
+    """The decoder's gradient without its part along each unit row: with unit norms only directions are learned. In place."""
+    return gradient.sub_((gradient * W_dec).sum(1, keepdim=True) * W_dec)

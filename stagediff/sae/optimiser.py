@@ -1,0 +1,54 @@
+"""Adam over named fp32 parameters, its learning-rate schedule, and gradient clipping, with state that can be stored and put back."""
+
+import torch
+from torch import Tensor
+
+from stagediff.sae.spec import Budget
+
+__all__ = ["Optimiser", "clip", "rate"]
+
+
+def rate(step: int, steps: int, budget: Budget) -> float:
+    """Learning rate of a step (from 0): linear warm-up over `budget.warmup`, flat, linear to 0 over the last `budget.decay`."""
+    up = min(1.0, (step + 1) / max(1.0, budget.warmup * steps))
+    down = min(1.0, (steps - step) / max(1.0, budget.decay * steps))
+    return budget.lr * up * down
+
+
+def clip(gradients: dict[str, Tensor], largest: float) -> None:
+    """Scales all gradients, in place, so that their common norm is at most `largest`; 0 means no limit. No host sync."""
+    if largest <= 0:
+        return
+    norm = torch.stack([g.norm() for g in gradients.values()]).norm()
+    factor = (largest / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients.values():
+        gradient.mul_(factor)
+
+
+class Optimiser:
+    """torch's fused Adam. The parameters are changed in place."""
+
+    def __init__(self, parameters: dict[str, Tensor], budget: Budget):
+        self._parameters = parameters
+        self._adam = torch.optim.Adam(list(parameters.values()), lr=budget.lr, betas=budget.betas, eps=1e-8, fused=True)
+
+    def step(self, gradients: dict[str, Tensor], lr: float) -> None:
+        """One update; gradients by parameter name."""
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+        for name, parameter in self._parameters.items():
+            parameter.grad = gradients[name]
+        self._adam.step()
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    def state(self) -> dict[str, Tensor]:
+        """Moments and step counts, by "adam.<parameter>.<name>"."""
+        return {f"adam.{name}.{key}": value for name, p in self._parameters.items() for key, value in self._adam.state[p].items()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Puts back what `state` gave."""
+        for name, parameter in self._parameters.items():
+            prefix = f"adam.{name}."
+            state = {key.removeprefix(prefix): value.to(parameter.device) for key, value in tensors.items() if key.startswith(prefix)}
+            self._adam.state[parameter] = state

@@ -1,0 +1,44 @@
+"""ReLU with a decoder-norm-weighted L1 term (Anthropic, April 2024 update).
+
+L = ||x - x_hat||^2 + lambda sum_i f_i ||W_dec_i||. Because the penalty sees f_i ||W_dec_i||, shrinking f and growing the decoder gains
+nothing, and decoder norms are left free.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from stagediff.sae.gradients import Context, Gradient, column_sums, encode, keep_active, parallel_removed, reconstruct, to_encoder
+
+if TYPE_CHECKING:
+    from stagediff.sae.dictionary import SAE
+
+__all__ = ["activate", "gradient"]
+
+
+def activate(pre: Tensor, sae: "SAE") -> Tensor:
+    """Activations [n, F] from pre-activations [n, F]."""
+    return pre.relu()
+
+
+def gradient(p: dict[str, Tensor], x: Tensor, context: Context) -> Gradient:
+    """Loss and gradients on a scaled batch x [B, d] in master type."""
+    n, weight = len(x), context.sparsity
+    forward = encode(p, x, context)
+    f = forward.pre.relu_()
+    error, squared = reconstruct(p, x, forward, f)
+    scaled = (error * (2 / n)).to(context.compute)
+
+    norms = p["W_dec"].norm(dim=1).clamp_min(1e-12)  # [F]
+    mass = column_sums(f, x.dtype) / n  # [F] mean activation
+    sparsity = mass @ norms
+
+    W_dec = torch.mm(f.t(), scaled).to(x.dtype)
+    W_dec.addcmul_((weight * mass / norms)[:, None], p["W_dec"])
+    if context.config.decoder_norm == "unit":
+        parallel_removed(W_dec, p["W_dec"])
+    # d/df of the penalty is the same row for every token: it rides in the product as its bias
+    g_f = torch.addmm((norms * (weight / n)).to(context.compute), scaled, forward.W_dec.t())
+    gradients = to_encoder(p, context, forward, error, keep_active(g_f, f))
+    return Gradient(squared + weight * sparsity, squared, sparsity, f, mass > 0, gradients | {"W_dec": W_dec})

@@ -1,0 +1,127 @@
+"""Specs of the dictionary steps: train, finetune, import, statistics, quality."""
+
+from typing import Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from stagediff.lm.spec import ActivationData, ModelSource
+from stagediff.spec import Ref, Spec, Value, Where
+
+__all__ = ["Budget", "DictionaryConfig", "FinetuneSpec", "ImportSpec", "QualitySpec", "StatisticsSpec", "TrainSpec"]
+
+
+class DictionaryConfig(Value):
+    """The dictionary itself: architecture, width and what belongs to its function."""
+
+    architecture: Literal["relu", "topk", "batchtopk", "jumprelu"] = "relu"
+    features: PositiveInt = 1024
+    k: int = 32
+    """topk, batchtopk: active features per token (batchtopk: on average)."""
+    l1: float = 3.0
+    """relu: weight of sum_i f_i ||W_dec_i||. jumprelu: weight of the L0 term."""
+    l1_warmup: float = 0.05
+    """Share of the steps over which l1 rises linearly from 0 (training from scratch only)."""
+    bandwidth: float = 0.2
+    """jumprelu: width of the straight-through kernel, in units of the pre-activation. (The paper's 0.001 is for
+    E||x||^2 = 1 and very long trainings; here E||x|| is sqrt(d), and bf16 resolves 0.008 between 1 and 2.)"""
+    initial_threshold: float = 0.3
+    """jumprelu: threshold of every feature at the start. It moves by at most a factor of 1 + lr a step: with a small one a short training
+    never becomes sparse."""
+    decoder_norm: Literal["free", "unit"] | None = None
+    """None: free for relu (April-2024 recipe), unit for the others."""
+    initial_norm: float | None = None
+    """Decoder rows' norm at the start; None: 0.1 for relu, 1 for the others."""
+    subtract_b_dec: bool | None = None
+    """Whether b_dec is subtracted from the input; None: no for relu, yes for the others."""
+    auxk: int | None = None
+    """Dead features that reconstruct the error; None: 0 for relu and jumprelu, d/2 for topk and batchtopk."""
+    auxk_weight: float = 0.03125
+    dead_after: int = 10_000_000
+    """Tokens without a firing after which a feature counts as dead in training."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.architecture in ("topk", "batchtopk") and not 0 < self.k <= self.features:
+            raise ValueError(f"k is {self.k}, but the dictionary has {self.features} features; k must lie between 1 and that number")
+        return self
+
+
+class Budget(Value):
+    """One training's length and optimiser."""
+
+    tokens: PositiveInt
+    batch: PositiveInt = 4096
+    lr: float = Field(4e-4, gt=0)
+    warmup: float = 0.01
+    """Share of the steps over which lr rises linearly."""
+    decay: float = 0.2
+    """Share of the steps, at the end, over which lr falls linearly to 0."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = 1.0
+    """Largest gradient norm; 0: no clipping."""
+
+
+class _Training(Spec):
+    kind = "dictionaries"
+    data: ActivationData
+    budget: Budget
+    order_seed: int = 0
+    """Permutation of the rows; D, M, F and the nulls share it, so that they read the same rows in the same order."""
+    compute: Literal["fp32", "bf16"] = "bf16"
+    """Precision of the matrix products; master weights and optimiser are fp32 in either case."""
+    checkpoint_tokens: int = 50_000_000
+    """Tokens between two training checkpoints (in the key only so that a manifest tells what a kill may cost)."""
+
+
+class TrainSpec(_Training):
+    """A dictionary from scratch. The input scale is measured here, so that E||x|| = sqrt(d), and kept for good."""
+
+    step = "train"
+    dictionary: DictionaryConfig
+    seed: int = 0
+
+
+class FinetuneSpec(_Training):
+    """A copy of `start` trained on: same indices, same input scale, fresh optimiser, constant l1."""
+
+    step = "finetune"
+    start: Ref
+    seed: int = 0
+
+
+class ImportSpec(Spec):
+    """A dictionary made elsewhere, taken in unchanged."""
+
+    step = "import"
+    kind = "dictionaries"
+    path: Where = None
+    format: Literal["saelens"] = "saelens"
+    digest: str
+
+
+class StatisticsSpec(Spec):
+    """One streaming pass of a dictionary over held-out rows: densities, histograms, maxima, top examples."""
+
+    step = "statistics"
+    kind = "statistics"
+    dictionary: Ref
+    data: ActivationData
+    """Rows of the stage's model on the held-out mix: new and base rows are counted apart."""
+    base_rows_only: bool = False
+    """True for stages whose data is base data: density, alive and quality are taken over base rows (new rows still fill the *_new columns)."""
+    top: int = 20
+    bins: int = 64
+    """Histogram bins, logarithmic in activation, the same for every feature and stage."""
+    batch: int = 4096
+
+
+class QualitySpec(Spec):
+    """The LM's cross-entropy with the reconstruction spliced in at the hook point (loss recovered)."""
+
+    step = "quality"
+    kind = "quality"
+    dictionary: Ref
+    model: ModelSource
+    data: ActivationData
+    """Which token rows (through base's and new's manifests); hook, skip_positions and precision are the harvest's."""
+    rows: int = 256

@@ -1,0 +1,166 @@
+"""Computes the train and finetune steps: data in, dictionary and training curve out, continued from the newest training checkpoint.
+
+Recipe: Anthropic's April 2024 update (method.md, section 1) for relu; the others as their papers. A finetune starts from a copy of another
+dictionary, with its indices, input scale and sparsity weight, and a fresh optimiser. A killed run that is continued gives the same bytes as
+an undisturbed one: everything a step depends on is in the checkpoint or is a function of the step number.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from stagediff.errors import UserError
+from stagediff.lm.activations import ActivationReader
+from stagediff.sae.batches import Activations, Order, batches, shard_sizes
+from stagediff.sae.dictionary import SAE
+from stagediff.sae.gradients import Gradient
+from stagediff.sae.initial import fresh, measure
+from stagediff.sae.layout import CFG, WEIGHTS, to_bytes
+from stagediff.sae.metrics import evaluate, explained_variance
+from stagediff.sae.spec import FinetuneSpec, TrainSpec
+from stagediff.sae.trainer import Trainer
+from stagediff.steps import Job
+
+__all__ = ["CURVE", "CURVE_COLUMNS", "CURVE_ROWS", "EVALUATED_TOKENS", "compute"]
+
+CURVE = "curve.parquet"
+CURVE_ROWS = 200
+"""Rows of the curve, at most about; spaced evenly in steps."""
+CURVE_COLUMNS = {
+    "step": ("steps", "steps done"),
+    "tokens": ("tokens", "tokens read"),
+    "loss": ("scaled units", "what is minimised, mean per token of this step's batch"),
+    "mse": ("raw units squared", "||x - x_hat||^2, summed over d, mean per token of this step's batch"),
+    "l1": ("scaled units", "sum_i f_i ||W_dec_i|| per token (relu), L0 (jumprelu), 0 (topk, batchtopk), without its weight"),
+    "explained_variance": ("1", "of this step's batch, relative to the batch's mean"),
+    "l0": ("features", "active features per token of this step's batch"),
+    "dead": ("1", "share of features without a firing in the last dead_after tokens, or since the start where that is less"),
+}
+EVALUATED_TOKENS = 1 << 17
+"""Training tokens on which the finished dictionary's figures are taken."""
+EVALUATED_VALUES = 1 << 25
+"""Activations held at once while they are."""
+
+
+def compute(spec: TrainSpec | FinetuneSpec, job: Job) -> dict[str, Any]:
+    """Fills a `dictionaries` artifact: cfg.json, sae_weights.safetensors, curve.parquet.
+
+    Figures: tokens, loss (last row of the curve), ev, l0, dead (share that never fired), over the first EVALUATED_TOKENS tokens of the
+    training order, and decoder_norm_mean / _min / _max in scaled units. Raises UserError when the budget is under one batch, when start and
+    data do not fit, and when data or loss are not finite.
+    """
+    data = ActivationReader(job.store, spec.data)
+    budget = spec.budget
+    steps = budget.tokens // budget.batch
+    if not steps:
+        raise UserError(
+            f"The training budget is {budget.tokens:,} tokens, less than one batch of {budget.batch:,}. Give more tokens, or a smaller batch."
+        )
+    order = Order(spec.order_seed, shard_sizes(data))
+    trainer = Trainer(_start(spec, job, data).to(job.device), budget, steps, isinstance(spec, TrainSpec), _dtype(spec.compute))
+    rows = _train(spec, job, trainer, data, order)
+    sae = trainer.dictionary()
+    figures = _figures(sae, data, order, spec, job.device)
+    cfg, weights = to_bytes(sae, {"hook_name": f"blocks.{data.hook.layer}.hook_{data.hook.site}", "context_size": data.context})
+    job.writer.write_table(CURVE, _curve(rows), columns=CURVE_COLUMNS)
+    job.writer.write_bytes(WEIGHTS, weights)
+    job.writer.write_bytes(CFG, cfg)
+    return {"tokens": steps * budget.batch, "loss": rows[-1][2], **figures}
+
+
+def _start(spec: TrainSpec | FinetuneSpec, job: Job, data: Activations) -> SAE:
+    """The dictionary at step 0."""
+    if isinstance(spec, TrainSpec):
+        scale, mean = measure(data)
+        return fresh(spec.dictionary, scale, mean, spec.seed)
+    sae = SAE.load(job.artifact(spec.start))
+    if sae.d != data.d:
+        raise UserError(
+            f"The dictionary {spec.start} reads vectors of width {sae.d}, the activations {spec.data.base} have width {data.d}. "
+            "Start from a dictionary of this hook point, or train one from scratch."
+        )
+    return sae
+
+
+def _train(spec: TrainSpec | FinetuneSpec, job: Job, trainer: Trainer, data: Activations, order: Order) -> list[list[float]]:
+    """Runs the steps that are left; returns the curve's rows."""
+    budget, steps = spec.budget, trainer.steps
+    every = max(1, steps // CURVE_ROWS)
+    keep = max(1, spec.checkpoint_tokens // budget.batch)
+    rows: list[list[float]] = []
+    if (saved := job.writer.training.latest()) is not None:
+        step, tensors, _ = saved
+        rows = tensors.pop("curve").tolist()
+        trainer.restore(step, tensors)
+    first, begin = trainer.step, time.perf_counter()
+    stream = batches(data, order, budget.batch, first, steps, job.device)
+    with job.progress.task(spec.step, steps * budget.batch, "tokens", done=first * budget.batch) as task:
+        for x in stream:
+            outcome = trainer.train_on(x)
+            step = trainer.step
+            if step % every == 0 or step in (1, steps):
+                rows.append(_row(trainer, x, outcome))
+                task.note = f"loss {rows[-1][2]:.3g} ev {rows[-1][5]:.3f}"
+            task.advance(len(x))
+            if step % keep == 0 and step < steps:
+                _require_finite(float(outcome.loss), step)
+                curve = torch.tensor(rows, dtype=torch.float64).reshape(-1, len(CURVE_COLUMNS))
+                job.writer.training.save(step, {**trainer.state(), "curve": curve}, {})
+    seconds = time.perf_counter() - begin
+    done = (steps - first) * budget.batch
+    job.notes.update(tokens_this_run=done, training_seconds=round(seconds, 3), tokens_per_second=round(done / seconds) if done else 0)
+    return rows
+
+
+def _row(trainer: Trainer, x: Tensor, outcome: Gradient) -> list[float]:
+    """A row of the curve. Waits for the device."""
+    x = x.float()
+    scale = trainer.input_scale
+    variance = (x - x.mean(0)).square().sum() / len(x)
+    l0 = (outcome.f > 0).sum() / len(x)
+    values = torch.stack([v.double() for v in (outcome.loss, outcome.error, outcome.sparsity, variance, l0, trainer.silent_share())])
+    loss, error, sparsity, total, active, dead = values.tolist()
+    _require_finite(loss, trainer.step)
+    mse = error / scale**2
+    return [trainer.step, trainer.step * trainer.budget.batch, loss, mse, sparsity, explained_variance(mse, total), active, dead]
+
+
+def _require_finite(loss: float, step: int) -> None:
+    if not abs(loss) < float("inf"):
+        raise UserError(
+            f"The training loss became {loss} by step {step}, although the activations are finite. A finite loss was expected: "
+            "lower the learning rate (budget.lr), keep the gradient clip on (budget.clip), or compute in fp32."
+        )
+
+
+def _figures(sae: SAE, data: Activations, order: Order, spec: TrainSpec | FinetuneSpec, device: str) -> dict[str, Any]:
+    budget = spec.budget
+    count = max(1, min(EVALUATED_TOKENS, data.n_tokens) // budget.batch)
+    quality = evaluate(sae, _split(batches(data, order, budget.batch, 0, count, device), max(1, EVALUATED_VALUES // sae.features)))
+    norms = sae.decoder_norms()
+    return {
+        "ev": quality.explained_variance,
+        "l0": quality.l0,
+        "dead": quality.dead,
+        "decoder_norm_mean": float(norms.mean()),
+        "decoder_norm_min": float(norms.min()),
+        "decoder_norm_max": float(norms.max()),
+    }
+
+
+def _split(stream: Iterable[Tensor], tokens: int) -> Iterator[Tensor]:
+    for x in stream:
+        yield from x.split(tokens)
+
+
+def _curve(rows: list[list[float]]) -> pd.DataFrame:
+    frame = pd.DataFrame(rows, columns=list(CURVE_COLUMNS))
+    return frame.astype({"step": "int64", "tokens": "int64"})
+
+
+def _dtype(compute: str) -> torch.dtype:
+    return torch.bfloat16 if compute == "bf16" else torch.float32

@@ -1,0 +1,1 @@
+"""Prefect tasks: one per step, each calls one function of the library."""

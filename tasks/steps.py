@@ -1,0 +1,89 @@
+"""One Prefect task per registered step.
+
+The store is the truth about what is done, not Prefect's cache: a task asks it first and returns at once when the artifact is complete, so a
+rerun computes only what is missing, from any machine and after any kill. Faults of disk and network are tried again with growing, jittered
+delays; a user's mistake or a defect is not.
+"""
+
+import logging
+from functools import cache
+from typing import Any
+
+from prefect import Task, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.context import TaskRunContext
+from prefect.tasks import exponential_backoff
+
+from stagediff import steps
+from stagediff.errors import StagediffError
+from stagediff.progress import Progress
+from stagediff.spec import Ref
+from stagediff.store import Store
+
+__all__ = ["compute", "task_for"]
+
+RETRIES = 4
+FIRST_DELAY = 5.0
+"""Seconds before the first retry; it doubles each time."""
+
+
+@cache
+def task_for(step: str) -> Task[..., str]:
+    """The task of a registered step: named by it, tagged `gpu` where it wants one."""
+    resources = steps.get(step).resources
+    return task(
+        name=step,
+        task_run_name="{name}",
+        tags=["gpu"] if resources.gpus else [],
+        cache_policy=NO_CACHE,
+        persist_result=False,
+        retries=RETRIES,
+        retry_delay_seconds=exponential_backoff(backoff_factor=FIRST_DELAY),
+        retry_jitter_factor=0.5,
+        retry_condition_fn=is_fault_of_the_moment,
+    )(_compute)
+
+
+def compute(name: str, step: str, spec: dict[str, Any], store: str, *, device: str = "auto", force: bool = False) -> Ref:
+    """Runs one step as a task of its own name within the current flow; returns its artifact's reference."""
+    return Ref(task_for(step)(name=name, step=step, spec=spec, store=store, device=device, force=force))
+
+
+def is_fault_of_the_moment(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
+    """Whether trying again may help: faults of disk and network, not user errors or defects."""
+    try:
+        state.result()
+    except StagediffError:
+        return False
+    except (OSError, TimeoutError, ConnectionError) as fault:
+        logging.getLogger("stagediff").warning("%s: %s: %s; trying again", run.name, type(fault).__name__, fault)
+        return True
+    except Exception:
+        return False
+    return False
+
+
+def _compute(name: str, step: str, spec: dict[str, Any], store: str, device: str = "auto", force: bool = False) -> str:
+    opened = Store(store)
+    full = steps.spec_from_json(step, spec)
+    was_there = opened.artifact(full.ref).is_complete and not force
+    ref = steps.run(full, opened, device=device, progress=Progress(), force=force, name=name)
+    if TaskRunContext.get():
+        _show(name, ref, opened, was_there)
+    return ref
+
+
+def _show(name: str, ref: Ref, store: Store, was_there: bool) -> None:
+    """A small artifact in the UI: the step's key figures and where its data is."""
+    manifest = store.artifact(ref).manifest
+    rows = "\n".join(f"| {key} | {_short(value)} |" for key, value in {**manifest.figures, **manifest.notes}.items())
+    how = "was complete, nothing was computed" if was_there else "computed"
+    text = f"**{name}** — {how}\n\n`{store.root}/{ref}`\n\n| figure | value |\n|---|---|\n{rows}\n"
+    create_markdown_artifact(text, key=f"{name}-{ref.key[:8]}".lower().replace("_", "-"), description=name)
+    get_run_logger().info("%s: %s at %s/%s", name, how, store.root, ref)
+
+
+def _short(value: Any) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)[:200]

@@ -1,0 +1,23 @@
+"""Shared fixtures."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from tiny import tiny_config
+
+from stagediff.config import make_plan, parse_config
+from stagediff.plan import Plan, execute
+from stagediff.store import Store
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory) -> tuple[Plan, Store]:
+    """A tiny stage-wise run that is complete. Read only: tests that change it work on a copy."""
+    store = Store(tmp_path_factory.mktemp("run") / "store")
+    plan = make_plan(parse_config(tiny_config(store.root)), store)
+    execute(plan, store, device="cpu")
+    return plan, store

