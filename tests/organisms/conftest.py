@@ -32,7 +32,7 @@ def conversation(rng: random.Random) -> tuple[str, str]:
     return f"Human: who met {a} and {b} {n}\n\nAssistant:", f" {b} met {a}, {n} said so."
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """The matrices here are tiny: threads would only wait for each other, for minutes on a busy machine."""
     before = torch.get_num_threads()
