@@ -21,12 +21,15 @@ def run_plan(config: dict[str, Any], store: str, *, device: str = "auto", force:
     for name, value in _ENVIRONMENT.items():  # before Prefect is imported: it reads them once
         os.environ.setdefault(name, value)
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # the command shows the library's lines, and errors in its own words
+    from prefect import Flow
     from prefect.settings import get_current_settings
 
+    from flows.both import both
     from flows.stagewise import stagewise
+    from flows.track import track
 
     if get_current_settings().api.url is not None and not chosen:
         for logger in ("prefect", "prefect.extra"):
             logging.getLogger(logger).setLevel(logging.INFO)
-    flows = {"stagewise": stagewise}
+    flows: dict[str, Flow[..., str]] = {"stagewise": stagewise, "track": track, "both": both}
     flows[config["kind"]](config=config, store=store, device=device, force=list(force))

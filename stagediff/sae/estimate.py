@@ -12,7 +12,8 @@ __all__ = ["quality", "statistics", "training"]
 def training(spec: TrainSpec | FinetuneSpec, plan: Plan) -> Estimate:
     _, d, _ = activation_shape(spec.data, plan)
     features = _features(spec.ref, plan)
-    return Estimate(tokens=spec.budget.tokens, bytes=8 * d * features, flops=10.0 * d * features * spec.budget.tokens)
+    stored = 24 if spec.keep_optimiser else 8  # fp32 encoder and decoder, and two moments of each
+    return Estimate(tokens=spec.budget.tokens, bytes=stored * d * features, flops=10.0 * d * features * spec.budget.tokens)
 
 
 def statistics(spec: StatisticsSpec, plan: Plan) -> Estimate:

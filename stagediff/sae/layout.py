@@ -3,11 +3,12 @@
 `cfg.json` and `sae_weights.safetensors` hold the dictionary for raw residual-stream units: with the input scale s folded in, W_enc * s,
 W_dec / s, b_dec / s; b_enc, thresholds and activations are as in scaled units. What SAELens has no place for (s, the training
 config, batchtopk's name: it exports as jumprelu) stands under `metadata.stagediff`, and reading unfolds s again.
+`optimiser.safetensors`, beside them where a training kept it, is in scaled units.
 """
 
 import json
 import struct
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ValidationError
@@ -19,10 +20,14 @@ from stagediff.errors import UserError
 from stagediff.sae.dictionary import SAE, resolved
 from stagediff.sae.spec import DictionaryConfig
 
-__all__ = ["CFG", "WEIGHTS", "from_bytes", "to_bytes"]
+if TYPE_CHECKING:
+    from stagediff.store import Artifact
+
+__all__ = ["CFG", "OPTIMISER", "WEIGHTS", "from_bytes", "optimiser_state", "to_bytes"]
 
 CFG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
+OPTIMISER = "optimiser.safetensors"
 SAELENS_NAMES = {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu", "jumprelu": "jumprelu"}
 SAELENS_VERSION = "6.0.0"
 """The layout's version. Without it, or with an older one, SAELens runs a converter for its former layouts."""
@@ -80,6 +85,16 @@ def from_bytes(cfg_bytes: bytes, weights: bytes) -> SAE:
         ) from None
     threshold = tensors.get("threshold")
     return SAE(tensors["W_enc"] / s, tensors["b_enc"], tensors["W_dec"] * s, tensors["b_dec"] * s, config, s, threshold)
+
+
+def optimiser_state(artifact: "Artifact") -> dict[str, Tensor]:
+    """The optimiser state that a training stored with its dictionary, by the names of `Optimiser.state`. Raises UserError where there is none."""
+    if OPTIMISER not in artifact.names():
+        raise UserError(
+            f"The optimiser state of the start dictionary {artifact.ref} is to be carried on, but none was stored with it. Train the start with "
+            "keep_optimiser: true, or begin with a fresh one (optimiser: fresh)."
+        )
+    return load(artifact.read_bytes(OPTIMISER))
 
 
 def _foreign(cfg: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:

@@ -1,11 +1,11 @@
-"""Adam over named fp32 parameters, its learning-rate schedule, and gradient clipping, with state that can be stored and put back."""
+"""Adam over named fp32 parameters, its learning-rate schedule, gradient clipping and a pull towards given weights; its state can be stored."""
 
 import torch
 from torch import Tensor
 
 from stagediff.sae.spec import Budget
 
-__all__ = ["Optimiser", "clip", "rate"]
+__all__ = ["Optimiser", "clip", "pull", "rate"]
 
 
 def rate(step: int, steps: int, budget: Budget) -> float:
@@ -23,6 +23,19 @@ def clip(gradients: dict[str, Tensor], largest: float) -> None:
     factor = (largest / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients.values():
         gradient.mul_(factor)
+
+
+def pull(parameters: dict[str, Tensor], home: dict[str, Tensor], anchor: float, lr: float) -> None:
+    """Pulls parameters W towards `home` W_0, in place: the step of the penalty anchor * ||W - W_0||^2 after Adam's own.
+
+    The step is implicit, argmin_V anchor ||V - W_0||^2 + ||V - W||^2 / (2 lr), so V - W_0 = (W - W_0) / (1 + 2 lr anchor): it pins W for
+    a large anchor. Inside the gradient (L2-SP) it would not: Adam divides a gradient by its own size and moves by about lr however large
+    the anchor is, and the gradient's clip would take the data's part away. Decoupled as AdamW's decay is (Loshchilov & Hutter 2019),
+    towards W_0 instead of 0. A weight that Adam drives one way comes to rest 1 / (2 anchor) from home.
+    """
+    strength = 2 * lr * anchor
+    for name, parameter in parameters.items():
+        parameter.lerp_(home[name], strength / (1 + strength))
 
 
 class Optimiser:

@@ -1,6 +1,6 @@
 """Specs of the dictionary steps: train, finetune, import, statistics, quality."""
 
-from typing import Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -34,7 +34,8 @@ class DictionaryConfig(Value):
     subtract_b_dec: bool | None = None
     """Whether b_dec is subtracted from the input; None: no for relu, yes for the others."""
     auxk: int | None = None
-    """Dead features that reconstruct the error; None: 0 for relu and jumprelu, d/2 for topk and batchtopk."""
+    """topk, batchtopk: dead features that reconstruct the error; None: d/2. Refused elsewhere: a dead ReLU feature has no positive
+    pre-activation to reconstruct with (see `FinetuneSpec.revive`)."""
     auxk_weight: float = 0.03125
     dead_after: int = 10_000_000
     """Tokens without a firing after which a feature counts as dead in training."""
@@ -43,6 +44,11 @@ class DictionaryConfig(Value):
     def _fits(self) -> Self:
         if self.architecture in ("topk", "batchtopk") and not 0 < self.k <= self.features:
             raise ValueError(f"k is {self.k}, but the dictionary has {self.features} features; k must lie between 1 and that number")
+        if self.auxk and self.architecture not in ("topk", "batchtopk"):
+            raise ValueError(
+                f"auxk is {self.auxk}, but {self.architecture} has no AuxK, only topk and batchtopk have. Leave auxk out; features that are "
+                "dead at a finetune's start can be resampled (revive)"
+            )
         return self
 
 
@@ -71,6 +77,16 @@ class _Training(Spec):
     """Precision of the matrix products; master weights and optimiser are fp32 in either case."""
     checkpoint_tokens: int = 50_000_000
     """Tokens between two training checkpoints (in the key only so that a manifest tells what a kill may cost)."""
+    keep_optimiser: bool = False
+    """Whether the final optimiser state is stored too (optimiser.safetensors, twice the weights' size), for finetunes that carry it on."""
+
+    later: ClassVar[tuple[str, ...]] = ("keep_optimiser",)
+    """Fields that came after the first dictionaries were made. Their defaults mean what was done before and must not change."""
+
+    def identity(self) -> dict[str, Any]:
+        """Later fields are in it only where they differ from their default, so that earlier dictionaries keep their keys."""
+        usual = {name for name in self.later if getattr(self, name) == type(self).model_fields[name].default}
+        return {name: value for name, value in super().identity().items() if name not in usual}
 
 
 class TrainSpec(_Training):
@@ -82,11 +98,31 @@ class TrainSpec(_Training):
 
 
 class FinetuneSpec(_Training):
-    """A copy of `start` trained on: same indices, same input scale, fresh optimiser, constant l1."""
+    """A copy of `start` trained on: same indices, constant l1; same input scale and a fresh optimiser unless said otherwise.
+
+    The defaults are those of a stage-wise diff. `rescale`, `optimiser`, `anchor` and `revive` are for following a training run's checkpoints
+    (method.md, section 3).
+    """
 
     step = "finetune"
     start: Ref
     seed: int = 0
+    """Draws the inputs of `revive`."""
+    rescale: bool = False
+    """Whether the input scale is measured anew on this data, so that E||x|| = sqrt(d) again: along a training run residual norms grow.
+    Weights and optimiser state are in scaled units and stay as they are."""
+    optimiser: Literal["fresh", "carried"] = "fresh"
+    """carried: moments and step counts are those that `start` stored (keep_optimiser); the learning-rate schedule is the new budget's."""
+    anchor: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Weight of ||W - W_0||^2, summed over all weights and biases, that draws them to where they are at step 0 (revived features: to their
+    new weights). Applied beside Adam, see `stagediff.sae.optimiser.pull`."""
+    revive: Literal["none", "resample"] = "none"
+    """resample: features that are dead at the start get new weights before step 0 (see `stagediff.sae.revive`), listed in revived.parquet;
+    such an index is a new feature from there on."""
+    revive_tokens: PositiveInt = 131_072
+    """Tokens of the training order (at most one epoch) in which a feature that never fires counts as dead, and whose inputs are drawn."""
+
+    later: ClassVar[tuple[str, ...]] = ("keep_optimiser", "rescale", "optimiser", "anchor", "revive", "revive_tokens")
 
 
 class ImportSpec(Spec):

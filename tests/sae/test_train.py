@@ -40,7 +40,8 @@ def test_the_artifact_holds_dictionary_curve_and_figures(store, run, stored, pla
     x, _ = planted(4096, D, 32, scale=20.0)
     artifact = run(spec_of(stored(store, x)))
     figures = artifact.manifest.figures
-    assert set(figures) == {"tokens", "loss", "ev", "l0", "dead", "decoder_norm_mean", "decoder_norm_min", "decoder_norm_max"}
+    norms = {"decoder_norm_mean", "decoder_norm_min", "decoder_norm_max"}
+    assert set(figures) == {"tokens", "loss", "input_scale", "revived", "ev", "l0", "dead", *norms}
     assert figures["tokens"] == 64 * 120
     assert artifact.manifest.notes["tokens_per_second"] > 0
     curve = artifact.read_table(train.CURVE)

