@@ -1,7 +1,7 @@
 """SAE-Track as a flow: a dictionary walks through the checkpoints of a training run.
 
 per checkpoint t:  harvest(model[t]) ── SAE[t], from SAE[t-1] ── statistics, quality on the probe rows
-then:              the null over a frozen checkpoint, dictionaries from scratch to compare with
+                   here and there beside it: the null over a frozen checkpoint, dictionaries from scratch to compare with
 all checkpoints ── kinds, formation, drift, patterns, phases, umap, efficiency ── report
 """
 
@@ -26,9 +26,9 @@ def track(config: dict[str, Any], store: str | None = None, device: str = "auto"
 def walk(run: Session) -> None:
     """The chain and its analysis."""
     run("tokenizer", "tokens-chain", "tokens-probe", "tokens-organism", "organism")
-    # in the plan's order: each harvest stands before the training that reads it, as far ahead as the disk budget goes
-    run("harvest-step*", "probe-*", "train-step*", "follow-step*", "statistics-step*", "quality-step*")
-    run("null-*")
-    run("harvest-scratch-*", "scratch-*", "statistics-scratch-*", "quality-scratch-*")
+    # in the plan's order: each harvest stands before the trainings that read it, as far ahead as the disk budget goes
+    run(
+        "harvest-step*", "probe-*", "train-step*", "follow-step*", "statistics-s*", "quality-s*", "null-*", "harvest-scratch-*", "scratch-*"
+    )
     run("kinds", "formation", "drift")
     run("patterns", "phases", "umap", "efficiency")

@@ -106,7 +106,8 @@ def _validate(cls: Any, body: Mapping[str, Any], prefix: str = "") -> Any:
         lines = []
         for fault in error.errors():
             place = prefix + ".".join(str(p) for p in fault["loc"])
-            given = "" if fault["type"] == "missing" else f" (given: {fault['input']!r})"
+            whole_group = isinstance(fault["input"], Mapping)  # too much to repeat; the message names what is wrong in it
+            given = "" if fault["type"] == "missing" or whole_group else f" (given: {fault['input']!r})"
             hint = f"; known names here: {', '.join(_names(cls, fault['loc'][:-1]))}" if fault["type"] == "extra_forbidden" else ""
             lines.append(f"{place}: {fault['msg']}{given}{hint}")
         raise UserError("The config is not valid. " + " | ".join(lines)) from None

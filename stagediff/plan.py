@@ -34,7 +34,7 @@ class Plan:
     nodes: list[Node] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     kept: set[Ref] = field(default_factory=set)
-    """Activations that are never evicted (probe rows)."""
+    """Activations that are never evicted (held-out and probe rows: examples are read from them)."""
 
     def __post_init__(self) -> None:
         self._names = {node.name: node for node in self.nodes}
@@ -90,12 +90,12 @@ class Plan:
             state = states[node.ref]
             if state not in (State.COMPLETE, State.EVICTED) or (state is State.EVICTED and node.ref in read):
                 missing.append(node)
-                read.update(node.spec.refs())
+                read.update(node.spec.refs() if node.spec.reads_bulk else ())
         return missing[::-1]
 
     def unneeded(self, states: Mapping[Ref, State], missing: Iterable[Node]) -> list[Node]:
         """Complete activations that no unfinished step reads and that are not kept for good."""
-        needed = {ref for node in missing for ref in node.spec.refs()} | self.kept
+        needed = {ref for node in missing if node.spec.reads_bulk for ref in node.spec.refs()} | self.kept
         return [n for n in self.nodes if n.spec.kind == "activations" and n.ref not in needed and states[n.ref] is State.COMPLETE]
 
     def evict_unneeded(self, store: Store) -> list[Node]:

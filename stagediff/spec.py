@@ -72,6 +72,8 @@ class Spec(Value):
     step: ClassVar[str]
     kind: ClassVar[str]
     version: ClassVar[int] = 1
+    reads_bulk: ClassVar[bool] = True
+    """False for a step that needs no activation of the artifacts it names but those that a plan keeps for good (the report)."""
 
     @property
     def key(self) -> str:

@@ -182,8 +182,8 @@ class _Builder:
 
     # --- activations --------------------------------------------------------------------------------------------------------------------
 
-    def _harvest(self, name: str, model: str, tokens: Ref, rows: int) -> Ref:
-        return self.inputs.harvest(name, self.models[model], self.d, tokens, rows)
+    def _harvest(self, name: str, model: str, tokens: Ref, rows: int, *, keep: bool = False) -> Ref:
+        return self.inputs.harvest(name, self.models[model], self.d, tokens, rows, keep=keep)
 
     def _data(self, model: str, data: str) -> ActivationData:
         """What a finetune reads. Base-data stages read the same rows as mix stages, without the overlay."""
@@ -235,8 +235,8 @@ class _Builder:
     def _measure(self, stage: str, dictionary: Ref) -> Ref:
         """Statistics and quality of one stage on held-out rows."""
         model, rows = STAGE_MODEL[stage], self.heldout
-        base = self._harvest(f"harvest-{model}-heldout", model, rows.base, rows.rows)
-        new = self._harvest(f"harvest-{model}-heldout-new", model, rows.new, rows.new_rows)
+        base = self._harvest(f"harvest-{model}-heldout", model, rows.base, rows.rows, keep=True)
+        new = self._harvest(f"harvest-{model}-heldout-new", model, rows.new, rows.new_rows, keep=True)
         data = ActivationData(base=base, rows=rows.rows, mix=rows.mix, new=new)
         on_base = STAGE_DATA[stage] == "base"
         quality = data.model_copy(update={"mix": None, "new": None}) if on_base else data

@@ -14,6 +14,7 @@ class ReportSpec(Spec):
 
     step = "report"
     kind = "reports"
+    reads_bulk = False
     title: str
     nodes: dict[str, Ref]
     """Every artifact of the run, by its name in the plan ("statistics-S"): lineage, and what the sections read."""

