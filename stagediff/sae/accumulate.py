@@ -58,7 +58,8 @@ class TopExamples:
     """The `top` rows in which each feature is strongest, at most one example per row (the row's maximum).
 
     Ties go to the smaller row, and within a row to the smaller position, so that the outcome does not depend on block sizes.
-    Candidates are collected and merged now and then: one sort per some millions of them.
+    Candidates are collected and merged now and then: one sort per some millions of them. They wait in memory set aside for them: kept as the
+    small arrays in which they come, they would lie between the buffers of blocks that are computed and freed, and the heap would grow.
     """
 
     FIELDS = ("feature", "value", "row", "position", "is_new")
@@ -68,22 +69,25 @@ class TopExamples:
         self.features, self.top = features, top
         self.merge_at = merge_at or max(1 << 20, features * top // 2)
         self._kept = [np.empty(0, t) for t in self.TYPES]
-        self._waiting: list[tuple[np.ndarray, ...]] = []
+        self._waiting = [np.empty(self.merge_at, t) for t in self.TYPES]
         self._n_waiting = 0
         self._bar = np.zeros(features, np.float32)
         """The activation of the last kept example of each feature: a candidate below it cannot enter."""
 
     def add(self, feature: np.ndarray, value: np.ndarray, row: np.ndarray, position: np.ndarray, is_new: np.ndarray) -> None:
         """Row maxima, one entry per (row, feature); the same (row, feature) must not be given twice."""
-        good = value >= self._bar[feature]
-        columns = (feature, value, row, position, is_new)
-        self._waiting.append(tuple(c[good].astype(t) for c, t in zip(columns, self.TYPES, strict=True)))
-        self._n_waiting += int(good.sum())
-        if self._n_waiting >= self.merge_at:
-            self._merge()
+        good = np.flatnonzero(value >= self._bar[feature])
+        while len(good):
+            taken, good = np.split(good, [self.merge_at - self._n_waiting])
+            end = self._n_waiting + len(taken)
+            for waiting, column in zip(self._waiting, (feature, value, row, position, is_new), strict=True):
+                waiting[self._n_waiting : end] = column[taken]
+            self._n_waiting = end
+            if end == self.merge_at:
+                self._merge()
 
     def _merge(self) -> None:
-        columns = [np.concatenate([kept, *(w[i] for w in self._waiting)]) for i, kept in enumerate(self._kept)]
+        columns = [np.concatenate([kept, w[: self._n_waiting]]) for kept, w in zip(self._kept, self._waiting, strict=True)]
         feature, value, row = columns[:3]
         order = np.lexsort((row, -value, feature))
         feature = feature[order]
@@ -94,7 +98,7 @@ class TopExamples:
         self._rank = rank[rank < self.top].astype(np.int32)
         last = self._rank == self.top - 1
         self._bar[self._kept[0][last]] = self._kept[1][last]
-        self._waiting, self._n_waiting = [], 0
+        self._n_waiting = 0
 
     def table(self) -> dict[str, np.ndarray]:
         """Columns feature, rank, activation, row, position, is_new; ordered by feature and rank."""
@@ -108,7 +112,7 @@ class TopExamples:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         self._kept = [state[f"top_{name}"].numpy().copy() for name in self.FIELDS]
-        self._waiting, self._n_waiting = [], 0
+        self._n_waiting = 0
         self._merge()
 
 

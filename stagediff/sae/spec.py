@@ -1,6 +1,6 @@
 """Specs of the dictionary steps: train, finetune, import, statistics, quality."""
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -17,14 +17,14 @@ class DictionaryConfig(Value):
     features: PositiveInt = 1024
     k: int = 32
     """topk, batchtopk: active features per token (batchtopk: on average)."""
-    l1: float = 3.0
+    l1: float = Field(3.0, ge=0)
     """relu: weight of sum_i f_i ||W_dec_i||. jumprelu: weight of the L0 term."""
-    l1_warmup: float = 0.05
+    l1_warmup: float = Field(0.05, ge=0, le=1)
     """Share of the steps over which l1 rises linearly from 0 (training from scratch only)."""
-    bandwidth: float = 0.2
+    bandwidth: float = Field(0.2, gt=0)
     """jumprelu: width of the straight-through kernel, in units of the pre-activation. (The paper's 0.001 is for
     E||x||^2 = 1 and very long trainings; here E||x|| is sqrt(d), and bf16 resolves 0.008 between 1 and 2.)"""
-    initial_threshold: float = 0.3
+    initial_threshold: float = Field(0.3, gt=0)
     """jumprelu: threshold of every feature at the start. It moves by at most a factor of 1 + lr a step: with a small one a short training
     never becomes sparse."""
     decoder_norm: Literal["free", "unit"] | None = None
@@ -58,12 +58,12 @@ class Budget(Value):
     tokens: PositiveInt
     batch: PositiveInt = 4096
     lr: float = Field(4e-4, gt=0)
-    warmup: float = 0.01
+    warmup: float = Field(0.01, ge=0, le=1)
     """Share of the steps over which lr rises linearly."""
-    decay: float = 0.2
+    decay: float = Field(0.2, ge=0, le=1)
     """Share of the steps, at the end, over which lr falls linearly to 0."""
     betas: tuple[float, float] = (0.9, 0.999)
-    clip: float = 1.0
+    clip: float = Field(1.0, ge=0)
     """Largest gradient norm; 0: no clipping."""
 
 
@@ -79,14 +79,6 @@ class _Training(Spec):
     """Tokens between two training checkpoints (in the key only so that a manifest tells what a kill may cost)."""
     keep_optimiser: bool = False
     """Whether the final optimiser state is stored too (optimiser.safetensors, twice the weights' size), for finetunes that carry it on."""
-
-    later: ClassVar[tuple[str, ...]] = ("keep_optimiser",)
-    """Fields that came after the first dictionaries were made. Their defaults mean what was done before and must not change."""
-
-    def identity(self) -> dict[str, Any]:
-        """Later fields are in it only where they differ from their default, so that earlier dictionaries keep their keys."""
-        usual = {name for name in self.later if getattr(self, name) == type(self).model_fields[name].default}
-        return {name: value for name, value in super().identity().items() if name not in usual}
 
 
 class TrainSpec(_Training):
@@ -121,8 +113,6 @@ class FinetuneSpec(_Training):
     such an index is a new feature from there on."""
     revive_tokens: PositiveInt = 131_072
     """Tokens of the training order (at most one epoch) in which a feature that never fires counts as dead, and whose inputs are drawn."""
-
-    later: ClassVar[tuple[str, ...]] = ("keep_optimiser", "rescale", "optimiser", "anchor", "revive", "revive_tokens")
 
 
 class ImportSpec(Spec):
