@@ -1,6 +1,7 @@
 """Config files: YAML -> a frozen config object -> a plan. Which kinds there are, and what extends them, the rooms register."""
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -44,19 +45,35 @@ class RunConfig(Value):
     """Settings of rooms that extend this kind of run, by their name at the file's top level."""
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a name that stands twice in one group: YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands twice in one group", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The file's mapping; a UserError where there is none or it is not YAML."""
     path = Path(path)
     try:
-        body = yaml.safe_load(path.read_text())
+        body = yaml.load(path.read_text(), _Loader)
     except FileNotFoundError:
         raise UserError(f"There is no config file {str(path)!r}. See configs/ for examples.") from None
+    except OSError as error:
+        raise UserError(f"The config file {path} cannot be read ({error.strerror}). Expected a YAML file (see configs/).") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
+        raise UserError(f"{path} is not valid YAML: {_first_fault(error)}. Mend that place (see configs/ for examples).") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not a text file; expected a YAML config (see configs/).") from None
     if not isinstance(body, dict):
-        raise UserError(f"{path} holds {type(body).__name__}, expected a mapping with kind, store, models, data, … (see configs/).")
+        what = "is empty" if body is None else f"holds a {type(body).__name__}"
+        raise UserError(f"{path} {what}; expected a mapping with kind, store, models, data, … (see configs/).")
     return body
 
 
@@ -103,14 +120,34 @@ def _validate(cls: Any, body: Mapping[str, Any], prefix: str = "") -> Any:
     try:
         return cls.model_validate(dict(body))
     except ValidationError as error:
-        lines = []
-        for fault in error.errors():
-            place = prefix + ".".join(str(p) for p in fault["loc"])
-            whole_group = isinstance(fault["input"], Mapping)  # too much to repeat; the message names what is wrong in it
-            given = "" if fault["type"] == "missing" or whole_group else f" (given: {fault['input']!r})"
-            hint = f"; known names here: {', '.join(_names(cls, fault['loc'][:-1]))}" if fault["type"] == "extra_forbidden" else ""
-            lines.append(f"{place}: {fault['msg']}{given}{hint}")
-        raise UserError("The config is not valid. " + " | ".join(lines)) from None
+        faults = "; ".join(_fault(cls, fault, prefix) for fault in error.errors())
+        raise UserError(f"The config is not valid: {faults}. Correct it in the file, or with --set.") from None
+
+
+def _fault(cls: Any, fault: Any, prefix: str) -> str:
+    """One fault that pydantic found, in plain words."""
+    place = prefix + ".".join(str(p) for p in fault["loc"])
+    if fault["type"] == "missing":
+        return f"{place} is missing"
+    if fault["type"] == "extra_forbidden":
+        known = _names(cls, fault["loc"][:-1])
+        alike = get_close_matches(str(fault["loc"][-1]), known, 1)
+        meant = f", did you mean {alike[0]}?" if alike else ""
+        return f"{place} is not a setting{meant} (known names here: {', '.join(known)})"
+    if fault["type"] == "value_error":
+        return f"{place}: {fault['ctx']['error']}".removeprefix(": ")
+    given = "a group of settings" if isinstance(fault["input"], Mapping) else repr(fault["input"])  # a whole group is too much to repeat
+    if fault["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{place} is {given}; it should be a group of settings"
+    said = fault["msg"].removeprefix("Input should be ").partition(", unable to")[0]
+    return f"{place} is {given}; it should be {said}" if said != fault["msg"] else f"{place} is {given}: {said}"
+
+
+def _first_fault(error: yaml.YAMLError) -> str:
+    """What a YAML parser stumbled over, in one line."""
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}" if mark else problem
 
 
 def _names(cls: Any, loc: tuple[Any, ...]) -> list[str]:

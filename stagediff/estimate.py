@@ -42,19 +42,20 @@ class Row:
         return {**self.__dict__, "ref": str(self.ref)}
 
 
-_STATE = {State.COMPLETE: "done", State.PARTIAL: "partial", State.EVICTED: "evicted", State.ABSENT: "to do"}
+_STATE = {State.COMPLETE: "done", State.PARTIAL: "partial", State.EVICTED: "evicted", State.ABSENT: "to do", State.DAMAGED: "damaged"}
 
 
 def estimate_plan(plan: Plan, store: Store) -> list[Row]:
     """A row per node. Nodes whose step has no estimate show only their state."""
-    missing = {node.ref for node in plan.missing(store)}
+    states = plan.states(store)
+    missing = {node.ref for node in plan.missing(store, states)}
     sizes = {node.ref: _size(node.spec, plan) for node in plan}
-    rates = _measured_rates(plan, store, sizes) if missing else {}
+    rates = _measured_rates(plan, store, states, sizes) if missing else {}
     rows = []
     for node in plan:
         artifact = store.artifact(node.ref)
         size, seconds, held = sizes[node.ref], None, None
-        if artifact.is_complete:
+        if states[node.ref] in (State.COMPLETE, State.EVICTED):
             seconds, held = artifact.manifest.seconds, artifact.manifest.size
         elif size and size.flops:
             rate = rates.get(node.spec.step) or EFFICIENCY * _matmul_speed()
@@ -63,7 +64,7 @@ def estimate_plan(plan: Plan, store: Store) -> list[Row]:
             Row(
                 name=node.name,
                 ref=node.ref,
-                state=_STATE[artifact.state],
+                state=_STATE[states[node.ref]],
                 to_run=node.ref in missing,
                 tokens=size.tokens if size else None,
                 bytes=held if held is not None else (size.bytes if size else None),
@@ -78,12 +79,12 @@ def _size(spec: Any, plan: Plan) -> Estimate | None:
     return steps.resolve(step.estimate)(spec, plan) if step.estimate else None
 
 
-def _measured_rates(plan: Plan, store: Store, sizes: dict[Ref, Estimate | None]) -> dict[str, float]:
+def _measured_rates(plan: Plan, store: Store, states: dict[Ref, State], sizes: dict[Ref, Estimate | None]) -> dict[str, float]:
     """Operations per second of each step, the median over this plan's finished nodes."""
     seen: dict[str, list[float]] = {}
     for node in plan:
         size = sizes[node.ref]
-        if size and size.flops and store.artifact(node.ref).is_complete:
+        if size and size.flops and states[node.ref] in (State.COMPLETE, State.EVICTED):
             seconds = store.artifact(node.ref).manifest.seconds
             if seconds > 0:
                 seen.setdefault(node.spec.step, []).append(size.flops / seconds)

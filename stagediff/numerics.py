@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 from typing import Any
 
 from stagediff.errors import UserError
@@ -18,9 +19,15 @@ def resolve_device(device: str) -> str:
 
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UserError(f"Device {device!r} is not known. Expected auto, cpu, cuda or cuda:1 (--device).")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(
             f"Device {device!r} was asked for, but torch {torch.__version__} sees no CUDA device here. Use --device cpu, or install a CUDA build of torch."
+        )
+    if ":" in device and int(device.partition(":")[2]) >= torch.cuda.device_count():
+        raise UserError(
+            f"Device {device!r} was asked for, but there are only {torch.cuda.device_count()} CUDA devices here, from cuda:0 on."
         )
     return device
 

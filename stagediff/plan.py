@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from stagediff import steps
-from stagediff.errors import UserError
+from stagediff.errors import DamagedError, UserError
 from stagediff.progress import Progress
 from stagediff.spec import Ref, Spec
 from stagediff.store import State, Store
@@ -78,8 +78,8 @@ class Plan:
         return name in self._names
 
     def states(self, store: Store) -> dict[Ref, State]:
-        """The state of every artifact of this plan: one look at the store each."""
-        return {node.ref: store.artifact(node.ref).state for node in self.nodes}
+        """The state of every artifact of this plan: one look at the store each. DAMAGED: its manifest cannot be trusted."""
+        return {node.ref: _state(node, store) for node in self.nodes}
 
     def missing(self, store: Store, states: Mapping[Ref, State] | None = None) -> list[Node]:
         """What has to run: all that is not complete. An evicted artifact counts as done unless something that has to run reads it."""
@@ -92,6 +92,11 @@ class Plan:
                 missing.append(node)
                 read.update(node.spec.refs() if node.spec.reads_bulk else ())
         return missing[::-1]
+
+    def check(self, nodes: Iterable[Node]) -> None:
+        """Raises UserError where it is known already that one of these will fail, before any of them runs."""
+        for node in nodes:
+            steps.check(node.spec)
 
     def unneeded(self, states: Mapping[Ref, State], missing: Iterable[Node]) -> list[Node]:
         """Complete activations that no unfinished step reads and that are not kept for good."""
@@ -107,18 +112,30 @@ class Plan:
         return idle
 
 
+def _state(node: Node, store: Store) -> State:
+    try:
+        return store.artifact(node.ref).state
+    except DamagedError:
+        return State.DAMAGED
+
+
 class Run:
     """A plan on its way: what is due, what was forced, what may be dropped. Looks at the store once per artifact, not once per step."""
 
     def __init__(self, plan: Plan, store: Store, *, force: Iterable[str] = (), keep: str = "all"):
-        self.plan, self.store, self.keep = plan, store, keep
+        self.plan, self.store, self.keep, force = plan, store, keep, tuple(force)
         unknown = [name for name in force if name not in plan]
         if unknown:
             raise UserError(f"force names {', '.join(unknown)}; this run's steps are: {', '.join(n.name for n in plan)}.")
         self._states = plan.states(store)
+        for node in plan:
+            if self._states[node.ref] is State.DAMAGED and node.name not in force:
+                store.artifact(node.ref).read_manifest()  # says what is wrong
         self._forced: set[Ref] = set()
         self._force(plan[name].ref for name in force)
-        self._missing = {n.ref for n in plan.missing(store, self._states)}
+        missing = plan.missing(store, self._states)
+        plan.check(missing)
+        self._missing = {n.ref for n in missing}
 
     def is_forced(self, node: Node) -> bool:
         return node.ref in self._forced

@@ -25,6 +25,7 @@ __all__ = [
     "RunKind",
     "Step",
     "all_steps",
+    "check",
     "commands",
     "endings",
     "extensions",
@@ -64,6 +65,8 @@ class Step:
     """Report section: "module:function", `(ReportContext) -> Section | None` (see `stagediff.sections`)."""
     estimate: str | None = None
     """For `stagediff plan`: "module:function", (spec, plan) -> Estimate (see `stagediff.estimate`)."""
+    check: str | None = None
+    """"module:function", (spec) -> None: raises UserError for what can be known to be wrong before any step of the run computes."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +196,13 @@ def resolve(name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), attribute)
 
 
+def check(spec: Spec) -> None:
+    """Raises UserError where it is known already that the spec's step will fail. Reads no artifact."""
+    step = get(spec.step)
+    if step.check:
+        resolve(step.check)(spec)
+
+
 def spec_from_json(step: str, body: dict[str, Any]) -> Spec:
     return get(step).spec.model_validate(body)
 
@@ -216,16 +226,16 @@ def run(
     """
     step = get(spec.step)
     artifact = store.artifact(spec.ref)
-    if artifact.state is State.COMPLETE and not force:
+    if not force and artifact.state is State.COMPLETE:
         return spec.ref
     for ref in spec.refs():
         store.artifact(ref).require()
-    before = store.quarantine(spec.ref) if force or artifact.is_complete else None
-    progress = progress or Progress()
     from stagediff.numerics import describe, resolve_device
 
     device = resolve_device(device)
     numerics = describe(device)
+    before = store.quarantine(spec.ref) if force or artifact.is_complete else None
+    progress = progress or Progress()
     with store.write(spec, numerics) as writer:
         job = Job(store, writer, progress, device, part)
         with progress.step(f"{name or spec.step} {spec.key[:8]}"):

@@ -9,20 +9,20 @@ from stagediff.diff.config import StagewiseConfig
 from stagediff.errors import UserError
 
 
-def demo(**changes):
-    return {**read_yaml(builtin_config("demo")), **changes}
+def builtin(**changes):
+    return {**read_yaml(builtin_config("stagewise")), **changes}
 
 
 def test_the_built_in_config_is_valid_and_named_by_its_file(tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump({k: v for k, v in demo().items() if k != "name"}))
+    path.write_text(yaml.safe_dump({k: v for k, v in builtin().items() if k != "name"}))
     config = load_config(path)
     assert isinstance(config, StagewiseConfig)
     assert config.name == "mine"
 
 
 def test_store_and_single_settings_can_be_replaced():
-    config = parse_config(demo(), overrides={"train.lr": 0.5, "diff.cut.kind": "absolute"}, store="elsewhere")
+    config = parse_config(builtin(), overrides={"train.lr": 0.5, "diff.cut.kind": "absolute"}, store="elsewhere")
     assert config.store == "elsewhere"
     assert config.train.lr == 0.5
     assert config.diff.cut.kind == "absolute"
@@ -46,12 +46,12 @@ def test_store_and_single_settings_can_be_replaced():
 )
 def test_a_faulty_setting_is_named(change, words):
     with pytest.raises(UserError, match=f"(?s){words}"):
-        parse_config(demo(**change))
+        parse_config(builtin(**change))
 
 
 def test_an_unknown_setting_lists_the_known_ones():
     with pytest.raises(UserError, match="train.leraning_rate.*known names here.*lr"):
-        parse_config(demo(), overrides={"train.leraning_rate": 1})
+        parse_config(builtin(), overrides={"train.leraning_rate": 1})
 
 
 @pytest.mark.parametrize(("text", "words"), [(None, "no config file"), ("a: [", "not valid YAML"), ("- a", "expected a mapping")])
@@ -64,6 +64,6 @@ def test_a_file_that_is_no_config(tmp_path, text, words):
 
 
 def test_a_corpus_may_be_written_in_one_word():
-    config = parse_config(demo(), overrides={"data.base": "builtin: stdlib", "data.new": "new.jsonl"})
+    config = parse_config(builtin(), overrides={"data.base": "builtin: stdlib", "data.new": "new.jsonl"})
     assert config.data.base.builtin == "stdlib"
     assert config.data.new.path == "new.jsonl"

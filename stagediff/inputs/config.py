@@ -95,6 +95,12 @@ class TrainConfig(Budget):
     checkpoint_tokens: int | None = None
     """Tokens between training checkpoints; None: a tenth of the budget."""
 
+    @model_validator(mode="after")
+    def _a_batch(self) -> "TrainConfig":
+        if self.tokens < self.batch:
+            raise ValueError(f"{self.tokens:,} tokens are less than one batch of {self.batch:,}; give more tokens, or a smaller batch")
+        return self
+
 
 class FinetuneConfig(TrainConfig):
     """Training of every later stage; D, M and both F have this budget, the direct S -> F twice of it."""

@@ -63,13 +63,14 @@ def resolve_corpus(
         )
     name = os.path.expanduser(os.fspath(path))
     files = _find(name)
-    if format == "hub" or (not files and format is None and _HUB_NAME.match(name) and Path(name).suffix not in _ENDINGS):
+    is_hub_name = _HUB_NAME.match(name) and Path(name).suffix not in _ENDINGS and not Path(name).is_dir()
+    if format == "hub" or (not files and format is None and is_hub_name):
         return _resolve_hub(name, text, subset, split or "train")
     if not files:
         what = "folder with jsonl, parquet or text files in it" if Path(name).is_dir() else "file, folder or glob that matches files"
         raise UserError(
-            f"The corpus path {name!r} gives no data: no such {what}. Expected .jsonl, .parquet or .txt files, or a hub data set as "
-            f"owner/name; check the path (relative ones start at {os.getcwd()})."
+            f"The corpus path {name!r} gives no data: no such {what}. Expected .jsonl, .parquet or .txt files, or a hub data set as owner/name "
+            f"(a local folder in a hub data set's layout: `format: hub`). Relative paths start at {os.getcwd()}."
         )
     format = format or _guess(name, files)
     files = [f for f in files if len(files) == 1 or _ENDINGS.get(f.suffix) == format]
@@ -180,8 +181,8 @@ def _resolve_hub(name: str, text: str, subset: str | None, split: str) -> Corpus
         except Exception as error:
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
-                f"{name!r} is neither a file or folder here (relative paths start at {os.getcwd()}) nor a data set that the hub "
-                f"answers for ({first}). Check the name, the network and, for a private data set, the login."
+                f"{name!r} is no file or folder here (relative paths start at {os.getcwd()}), and no data set that the hub "
+                f"answers for ({first.rstrip('.')}). Check the name, the network and, for a private data set, the login."
             ) from None
     source = CorpusSource(path=name, format="hub", text=text, subset=subset, hub_split=split, digest=digest)
     if next(Hub(source).documents(), None) is None:

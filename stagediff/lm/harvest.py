@@ -2,15 +2,16 @@
 
 The array `data` [n, d] holds the rows one after the other, each without the skipped positions, so activation j belongs to row
 j // tokens_per_row. Shards hold whole token rows: a killed harvest goes on at the first missing shard, and several workers share one by
-shard ranges. While one shard is computed the one before it is written by a second thread; memory is three shards and one batch.
+shard ranges. On a CPU a shard is written before the next one is computed, so that a kill costs one shard at most; on CUDA the next one is
+computed meanwhile (docs/decisions/004). Memory: one batch and one shard, on CUDA two.
 
 fp16 is never used: residual streams overflow it (Gemma 3 reaches 696,320). NaN and infinity are an error that names the row and the layer.
 """
 
 import json
-import queue
-import threading
 import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["chunk_rows", "compute", "forward_shard"]
 
 CHUNK_BYTES = 8 << 20
+AHEAD_ON_CUDA = 1
+"""Shards that may still be in writing there while the next one is computed. A CPU has none: a kill loses one shard more than this at most."""
 
 
 def compute(spec: HarvestSpec, job: "Job") -> dict[str, Any] | None:
@@ -69,13 +72,14 @@ def compute(spec: HarvestSpec, job: "Job") -> dict[str, Any] | None:
         attributes={"encoding": "bfloat16", "hook": spec.hook.model_dump(), "tokens_per_row": per_row},
     )
     loaded: LoadedModel | None = None
+    on_cuda = job.device.startswith("cuda")
     computed, start, cpu_start, waited = 0, 0.0, 0.0, 0.0
     i, of = job.part
     mine = range(array.n_shards * i // of, array.n_shards * (i + 1) // of)
     there = sum(array.rows_of(shard) for shard in array.done() if shard in mine)
     with (
         job.progress.task("harvest", sum(array.rows_of(shard) for shard in mine), "tokens", done=there) as task,
-        _Writer(job.writer, array) as writer,
+        _Writer(job.writer, array, AHEAD_ON_CUDA if on_cuda else 0) as writer,
     ):
         for shard in array.pending(part=job.part):
             if loaded is None:
@@ -84,7 +88,7 @@ def compute(spec: HarvestSpec, job: "Job") -> dict[str, Any] | None:
             first = shard * spec.shard_rows
             ids = rows.read_rows(first, min(first + spec.shard_rows, spec.rows))
             _check_ids(ids, loaded, spec)
-            block = writer.block(len(ids) * per_row, d, pinned=job.device.startswith("cuda"))
+            block = writer.block(len(ids) * per_row, d, pinned=on_cuda)
             norms = forward_shard(loaded, spec.hook, ids, kept, spec.batch_rows, block, advance=task.advance)
             if not bool(torch.isfinite(norms).all()):
                 _explain(loaded, spec, ids, block, first, per_row)
@@ -191,24 +195,24 @@ def _norms_file(shard: int) -> str:
 
 
 class _Writer:
-    """Writes shards in a thread of its own, in order; at most one waits while one is written. A fault there is raised at the next call here."""
+    """Writes shards in order in a thread of its own, of which at most `ahead` may be unfinished when `put` returns.
 
-    def __init__(self, writer: "Writer", array: "ArrayWriter"):
-        self._writer, self._array = writer, array
-        self._waiting: queue.Queue[tuple[int, Tensor, Tensor] | None] = queue.Queue(maxsize=1)
+    A fault there is raised by a later `put`, or at the end.
+    """
+
+    def __init__(self, writer: "Writer", array: "ArrayWriter", ahead: int):
+        self._writer, self._array, self._ahead = writer, array, ahead
         self._free: list[Tensor] = []
-        self._fault: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="stagediff-shard-writer", daemon=True)
+        self._writing: deque[Future[None]] = deque()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="stagediff-shard-writer")
 
     def __enter__(self) -> "_Writer":
-        self._thread.start()
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self._waiting.put(None)
-        self._thread.join()
+        self._pool.shutdown()  # what was computed is written, whatever ended the harvest
         if kind is None:
-            self._raise()
+            self._wait(0)
 
     def block(self, n: int, d: int, pinned: bool) -> Tensor:
         """Memory for a shard [n, d] bf16, used again once it is written."""
@@ -219,25 +223,18 @@ class _Writer:
         return torch.empty((n, d), dtype=torch.bfloat16, pin_memory=pinned)
 
     def put(self, shard: int, block: Tensor, norms: Tensor) -> float:
-        """Hands a shard and its vectors' norms over; returns the seconds waited for the writer."""
-        self._raise()
+        """Hands a shard and its vectors' norms over; returns the seconds waited for shards being written."""
         start = time.perf_counter()
-        self._waiting.put((shard, block, norms))
+        self._writing.append(self._pool.submit(self._write, shard, block, norms))
+        self._wait(self._ahead)
         return time.perf_counter() - start
 
-    def _raise(self) -> None:
-        if self._fault is not None:
-            raise self._fault
+    def _wait(self, unfinished: int) -> None:
+        while len(self._writing) > unfinished:
+            self._writing.popleft().result()
 
-    def _run(self) -> None:
-        while (item := self._waiting.get()) is not None:
-            if self._fault is not None:
-                continue
-            shard, block, norms = item
-            try:
-                found = {"tokens": len(norms), "sum": float(norms.double().sum()), "max": float(norms.max())}
-                self._writer.write_json(_norms_file(shard), found)
-                self._array.write_shard(shard, block.view(torch.uint16).numpy())
-                self._free.append(block)
-            except BaseException as error:
-                self._fault = error
+    def _write(self, shard: int, block: Tensor, norms: Tensor) -> None:
+        found = {"tokens": len(norms), "sum": float(norms.double().sum()), "max": float(norms.max())}
+        self._writer.write_json(_norms_file(shard), found)
+        self._array.write_shard(shard, block.view(torch.uint16).numpy())
+        self._free.append(block)

@@ -8,22 +8,31 @@ what Hugging Face keeps in fp32 (rotary frequencies, the inside of norms) stays 
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from stagediff.errors import UserError
 from stagediff.lm import sources
-from stagediff.lm.spec import HookPoint, ModelSource, TokenizerSource
+from stagediff.lm.hooks import decoder_layers
+from stagediff.lm.spec import HarvestSpec, HookPoint, ModelSource, TokenizerSource
 
 if TYPE_CHECKING:
     from stagediff.store import Store
 
-__all__ = ["LoadedModel", "load_model", "load_tokenizer"]
+__all__ = ["LoadedModel", "check_harvest", "load_model", "load_tokenizer"]
 
 Precision = Literal["fp32", "bf16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -109,6 +118,26 @@ def load_model(
     return LoadedModel(model, source, where, tokenizer_from)
 
 
+def check_harvest(spec: HarvestSpec) -> None:
+    """Raises UserError for a model outside the store whose architecture cannot be harvested. Reads its config, loads no weight."""
+    if spec.model.artifact is None:
+        assert spec.model.name is not None
+        _check_architecture(spec.model.name, spec.model.revision, spec.hook.layer)
+
+
+@cache
+def _check_architecture(where: str, revision: str | None, layer: int) -> None:
+    config = _config(where, revision)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(
+            f"The model {where} is of type {config.model_type!r}, which is no decoder-only language model (a causal LM of Hugging Face). "
+            "Give one, such as GPT-NeoX, GPT-2, Llama, Qwen, Gemma or Mistral."
+        )
+    _truncate(config, layer + 1)
+    with torch.device("meta"):
+        decoder_layers(AutoModelForCausalLM.from_config(config))
+
+
 def load_tokenizer(source: TokenizerSource, store: "Store | None" = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a source. Raises UserError when there is none there."""
     if source.artifact is not None:
@@ -126,7 +155,8 @@ def load_tokenizer(source: TokenizerSource, store: "Store | None" = None) -> Pre
 
 def _config(where: str, revision: str | None) -> Any:
     try:
-        return AutoConfig.from_pretrained(where, revision=revision, local_files_only=Path(where).exists())
+        with _quiet():
+            return AutoConfig.from_pretrained(where, revision=revision, local_files_only=Path(where).exists())
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"The config of the model {where} cannot be used: {_first_line(error)} A Hugging Face causal LM that this transformers version "

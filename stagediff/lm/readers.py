@@ -141,7 +141,7 @@ def _jsonl_text(raw: bytes, path: Path, line: int, column: str) -> str | None:
         ) from None
     if not isinstance(record, dict):
         raise UserError(
-            f"Line {line + 1} of {path} holds a JSON {type(record).__name__}; expected an object with the text under {column!r}."
+            f"Line {line + 1} of {path} holds a JSON {type(record).__name__}; expected one object per line (JSON lines) with the text under {column!r}."
         )
     if column not in record:
         raise UserError(
@@ -164,7 +164,7 @@ def _string(value: Any, column: str, place: str) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str):
-        raise UserError(f"Column {column!r} at {place} holds a {type(value).__name__}; expected text. Name a text column with `text:`.")
+        raise UserError(f"Column {column!r} at {place} holds {type(value).__name__}, not text. Name a text column with `text:`.")
     return value or None
 
 

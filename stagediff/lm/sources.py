@@ -209,8 +209,25 @@ def _folder_digest(folder: Path) -> str:
     weights = _weights(folder)
     if not weights:
         raise UserError(f"{folder} has a config.json but no weights ({', '.join(WEIGHTS)}). Save the model there with save_pretrained.")
+    for file in weights:
+        if file.suffix == ".safetensors":
+            _check_whole(file)
     files = weights + [folder / n for n in CONFIG_FILES + TOKENIZER_FILES if (folder / n).is_file()]
     return files_digest(files, folder)
+
+
+def _check_whole(file: Path) -> None:
+    """Raises UserError when a safetensors file is shorter than its header says: a download or copy that was cut off."""
+    try:
+        with file.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            size = file.stat().st_size
+            header = json.loads(f.read(length)) if length < size else {}
+        expected = 8 + length + max((t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"), default=0)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"The weights {file} cannot be read as safetensors ({error}). Copy or download the model again.") from error
+    if size < expected:
+        raise UserError(f"The weights {file} are cut off: {size:,} bytes instead of {expected:,}. Copy or download the model again.")
 
 
 def _weights(folder: Path) -> list[Path]:

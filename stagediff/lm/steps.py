@@ -3,7 +3,7 @@
 from stagediff.lm import spec
 from stagediff.steps import Resources, Step, register
 
-register(Step("tokenizer", spec.TokenizerSpec, "stagediff.lm.tokenizer:compute"))
+register(Step("tokenizer", spec.TokenizerSpec, "stagediff.lm.tokenizer:compute", check="stagediff.lm.tokenizer:check"))
 register(Step("tokens", spec.TokensSpec, "stagediff.lm.tokens:compute", estimate="stagediff.lm.estimate:tokens"))
 register(Step("mix", spec.MixSpec, "stagediff.lm.mix:compute"))
 register(
@@ -13,5 +13,6 @@ register(
         "stagediff.lm.harvest:compute",
         Resources(gpus=1, sharded=True),
         estimate="stagediff.lm.estimate:harvest",
+        check="stagediff.lm.models:check_harvest",
     )
 )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from stagediff.steps import Job
 
-__all__ = ["EOS", "compute", "encode_documents"]
+__all__ = ["EOS", "check", "compute", "encode_documents"]
 
 EOS = "<eos>"
 SMALLEST_VOCAB = 257
@@ -28,8 +28,7 @@ def compute(spec: TokenizerSpec, job: "Job") -> dict[str, Any]:
     """Trains the tokenizer on the first `documents` training documents of the seeded order."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    if spec.vocab < SMALLEST_VOCAB:
-        raise UserError(f"A byte-level vocabulary of {spec.vocab} was asked for; it needs at least {SMALLEST_VOCAB} (256 bytes and {EOS}).")
+    check(spec)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -70,6 +69,12 @@ def compute(spec: TokenizerSpec, job: "Job") -> dict[str, Any]:
     }
     job.writer.write_json("tokenizer_config.json", settings)
     return {"vocab": tokenizer.get_vocab_size(), "documents": documents, "characters": characters}
+
+
+def check(spec: TokenizerSpec) -> None:
+    """Raises UserError for a vocabulary that is too small."""
+    if spec.vocab < SMALLEST_VOCAB:
+        raise UserError(f"A byte-level vocabulary of {spec.vocab} was asked for; it needs at least {SMALLEST_VOCAB} (256 bytes and {EOS}).")
 
 
 def encode_documents(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[int]]:

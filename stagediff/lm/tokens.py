@@ -185,16 +185,21 @@ def _fill(packer: Packer, documents: Iterator[tuple[Document, list[int] | None]]
         try:
             document, ids = next(documents)
         except StopIteration:
-            there = len(packer.documents)
-            raise UserError(
-                f"{spec.rows} token rows of {spec.context} were asked for, but the {spec.split} split of this corpus gives only "
-                f"{there} ({there * spec.context} tokens from {packer.fed} documents, held-out share {spec.heldout}). Ask for at most "
-                f"{there} rows, or give more text."
-            ) from None
+            raise _too_few(packer, spec) from None
         packer.position += 1
         if ids is not None:
             packer.feed(document, ids)
     return wanted
+
+
+def _too_few(packer: Packer, spec: TokensSpec) -> UserError:
+    there = len(packer.documents)
+    most = f"Ask for at most {there} rows ({there * spec.context:,} tokens), or give more text" if there else "Give more text"
+    corpus = spec.corpus.path or f"builtin: {spec.corpus.builtin}"
+    return UserError(
+        f"{spec.rows} token rows of {spec.context} were asked for ({spec.rows * spec.context:,} tokens), but the {spec.split} split of the corpus "
+        f"{corpus} gives only {there} (from {packer.fed} documents; the held-out share is {spec.heldout}). {most}."
+    )
 
 
 def _table(spec: TokensSpec, packer: Packer) -> Any:

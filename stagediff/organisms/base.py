@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
     from stagediff.steps import Job
 
-__all__ = ["compute", "heldout_loss", "log_spaced", "new_model", "write_curve", "write_model"]
+__all__ = ["check", "compute", "heldout_loss", "log_spaced", "new_model", "write_curve", "write_model"]
 
 HELDOUT_ROWS = 512
 
 
 def compute(spec: OrganismSpec, job: "Job") -> dict[str, Any]:
     """Trains the model; figures: parameters, training tokens, held-out loss in nats per token."""
-    _check(spec)
+    check(spec)
     rows, heldout = TokenRows(job.store, spec.tokens), TokenRows(job.store, spec.heldout)
     if rows.context != heldout.context:
         raise UserError(f"Training rows have {rows.context} tokens, held-out rows {heldout.context}; draw both with the same `context`.")
@@ -138,7 +138,8 @@ def write_curve(job: "Job", curve: list[list[float]]) -> None:
     )
 
 
-def _check(spec: OrganismSpec) -> None:
+def check(spec: OrganismSpec) -> None:
+    """Raises UserError for widths, heads, steps and checkpoints that cannot be."""
     a, t = spec.architecture, spec.training
     if a.width % a.heads or (a.width // a.heads) % 8:
         raise UserError(

@@ -10,6 +10,7 @@ register(
         "stagediff.organisms.base:compute",
         Resources(gpus=1),
         estimate="stagediff.organisms.estimate:organism",
+        check="stagediff.organisms.base:check",
     )
 )
 register(

@@ -24,7 +24,7 @@ from stagediff.report.spec import ReportSpec
 from stagediff.sections import ReportContext, Section
 from stagediff.steps import Job
 
-__all__ = ["build", "compute", "gather"]
+__all__ = ["build", "compute", "frame", "gather"]
 
 CONFIG_ORDER = 980
 LINEAGE_ORDER = 990
@@ -65,13 +65,18 @@ def build(spec: ReportSpec, context: ReportContext, sections: list[Section]) -> 
     """The page's HTML."""
     config = Section("config", "Config", CONFIG_ORDER, _config(spec))
     lineage = Section("lineage", "Lineage", LINEAGE_ORDER, _lineage(context))
-    parts = sorted([*sections, config, lineage], key=lambda s: (s.order, s.name))
+    return frame(spec.title, f"report <code>{escape(spec.key)}</code>", [*sections, config, lineage])
+
+
+def frame(title: str, source: str, sections: Iterable[Section]) -> str:
+    """A self-contained page of these sections, in their order. `source`: markup that says what it was made from."""
+    parts = sorted(sections, key=lambda s: (s.order, s.name))
     scripts = [_asset("page.js"), *dict.fromkeys(script for s in parts for script in s.scripts)]
     hashes = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
     policy = f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
     return Template(_asset("page.html")).substitute(
-        title=escape(spec.title),
-        key=escape(spec.key),
+        title=escape(title),
+        source=source,
         policy=policy,
         style=_asset("page.css"),
         contents="".join(f'<li><a href="#{escape(s.name)}">{escape(s.title)}</a></li>' for s in parts),

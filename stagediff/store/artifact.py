@@ -9,6 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stagediff.digest import cache_folder
 from stagediff.errors import DamagedError, UserError
 from stagediff.spec import Ref, Spec
 from stagediff.store.checksum import crc32c, crc_hex, file_crc32c
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from stagediff.store.shards import ArrayReader
 
-__all__ = ["Artifact", "Problem", "State", "cache_folder"]
+__all__ = ["Artifact", "Problem", "State"]
 
 _VERIFY_BLOCK = 16 << 20
 _ZARR = "zarr.json"
@@ -33,7 +34,7 @@ class State(StrEnum):
     COMPLETE = "complete"
     EVICTED = "evicted"
     DAMAGED = "damaged"
-    """Only `verify` can tell."""
+    """What `verify` and a plan say of one whose manifest or bytes cannot be trusted; a handle's own `state` raises DamagedError then."""
 
 
 @dataclass(frozen=True)
@@ -295,9 +296,3 @@ def read_receipt(objects: Objects, key: str) -> FileRecord | None:
         return FileRecord.model_validate_json(objects.get(key))
     except (FileNotFoundError, ValueError):
         return None
-
-
-def cache_folder() -> Path:
-    """Where copies of remote files are kept: $STAGEDIFF_CACHE, else the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("STAGEDIFF_CACHE") or Path(base) / "stagediff")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from stagediff.errors import UserError
+from stagediff.store.faults import existing, explained
 from stagediff.store.names import PARTIAL
 from stagediff.store.objects import Entry, Objects
 
@@ -25,12 +26,6 @@ _COPY_BLOCK = 8 << 20
 _IOV = 512
 """Buffers per preadv call; systems allow 1024."""
 _TRIES = 5
-_FULL = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the file would exceed this process's or file system's size limit",
-}
-
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -44,7 +39,12 @@ def _again_if_folder_goes(write: Callable[P, R]) -> Callable[P, R]:
         for _ in range(_TRIES - 1):
             with suppress(FileNotFoundError):
                 return write(*args, **kwargs)
-        return write(*args, **kwargs)
+        try:
+            return write(*args, **kwargs)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"Could not write {error.filename}: its folder cannot be made, or goes away again and again. Choose another store (--store)."
+            ) from error
 
     return wrapped
 
@@ -72,27 +72,10 @@ class LocalObjects(Objects):
             folder.mkdir(parents=True, exist_ok=True)
             yield path
         except OSError as error:
-            raise self._explained(error, folder) from error
+            raise explained(error, folder) from error
         finally:
             with suppress(OSError):  # mostly it has another name by now
                 path.unlink()
-
-    def _explained(self, error: OSError, folder: Path) -> Exception:
-        if error.errno in _FULL:
-            free = shutil.disk_usage(_existing(folder)).free
-            return UserError(
-                f"Could not write into {folder}: {_FULL[error.errno]} ({free / 2**30:.1f} GiB free there). Nothing half-written was kept. "
-                "Free some space (`stagediff gc` removes leftovers) or use another store, and run the same command again: it continues where it stopped."
-            )
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return UserError(
-                f"Could not write into {folder}: {error.strerror}. Choose a store below a folder you may write to (--store), or change its permissions."
-            )
-        if error.errno in (errno.ENOTDIR, errno.EEXIST) and not folder.is_dir():
-            return UserError(
-                f"The store needs the folder {folder}, but a file stands in its way. Choose another store (--store), or move the file."
-            )
-        return error
 
     def _write(self, path: Path, parts: Sequence[Any], durable: bool) -> None:
         with open(path, "wb", buffering=0) as f:
@@ -234,7 +217,7 @@ class LocalObjects(Objects):
         self.delete(key)
 
     def free_bytes(self) -> int:
-        return shutil.disk_usage(_existing(self._base)).free
+        return shutil.disk_usage(existing(self._base)).free
 
     def local_path(self, key: str) -> Path:
         return self._path(key)
@@ -244,12 +227,6 @@ class LocalObjects(Objects):
 
     def describe(self, key: str = "") -> str:
         return str(self._path(key))
-
-
-def _existing(folder: Path) -> Path:
-    while not folder.exists():
-        folder = folder.parent
-    return folder
 
 
 def _sync_folder(folder: Path) -> None:

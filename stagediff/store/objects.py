@@ -5,13 +5,18 @@ an atomic `put`, a `create` of which exactly one of several racers wins, reads o
 `open_objects` picks the implementation by the root: a path (`local.py`) or a URL that fsspec knows (`remote.py`).
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stagediff.errors import UserError
+
 __all__ = ["Entry", "Objects", "open_objects"]
+
+_ONE_SLASH = re.compile(r"(s3a?|gs|gcs|az|abfs|https?|file):/?(?!/)")
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,12 @@ class Objects(ABC):
 
 def open_objects(root: str, **options: Any) -> Objects:
     """The blobs below a local path or a URL such as s3://bucket/prefix; touches nothing yet."""
+    if not root.strip():
+        raise UserError("The store's name is empty. Expected a folder, or something like s3://bucket/prefix.")
+    if _ONE_SLASH.match(root):
+        raise UserError(
+            f"The store {root!r} looks like a URL with a slash missing. Expected a folder, or something like s3://bucket/prefix."
+        )
     if "://" not in root or root.startswith(("file://", "local://")):
         from stagediff.store.local import LocalObjects
 

@@ -49,11 +49,16 @@ class RemoteObjects(Objects):
     is_local = False
 
     def __init__(self, root: str, retry_seconds: float = 300.0, **options: Any):
-        self.root = root.rstrip("/")
-        self._protocol, _, path = self.root.partition("://")
+        self._protocol, _, path = root.partition("://")
         self._base = path.strip("/")
+        self.root = f"{self._protocol}://{self._base}"
         self._retry_seconds, self._options = retry_seconds, options
         self._opened: tuple[int, Any] | None = None
+        if "@" in self._base.partition("/")[0]:  # not shown: it may be a secret
+            raise UserError(
+                f"The store's URL ({self._protocol}://…@…) must not hold credentials: it is written into manifests and logs. "
+                "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead."
+            )
         if not self._base:
             raise UserError(f"The store {root!r} names no bucket. Expected something like {self._protocol}://bucket/prefix.")
 
@@ -68,10 +73,16 @@ class RemoteObjects(Objects):
 
             try:
                 fs = fsspec.filesystem(self._protocol, use_listings_cache=False, skip_instance_cache=True, **self._options)
-            except (ValueError, ImportError) as error:
-                raise UserError(f"The store {self.root!r} cannot be opened: {error}. Use a local path or s3://bucket/prefix.") from error
+            except (ValueError, ImportError, TypeError) as error:
+                raise UserError(
+                    f"The store {self.root!r} cannot be opened: {_short(error)}. Use a local path or s3://bucket/prefix."
+                ) from error
             try:
                 self._check(fs)
+            except ValueError as error:  # botocore's word for an address that is none
+                raise UserError(
+                    f"The store {self.root} cannot be opened: {_short(error)}. Expected AWS_ENDPOINT_URL to be a URL like http://host:9000, or not set."
+                ) from error
             except Exception as error:
                 raise self._explained(error, "open") from error
             self._opened = (os.getpid(), fs)

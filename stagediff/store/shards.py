@@ -32,6 +32,8 @@ __all__ = ["METADATA", "ArrayReader", "EncodedShard", "Layout", "as_bf16", "chec
 METADATA = "zarr.json"
 _ABSENT = np.uint64(0xFFFFFFFFFFFFFFFF)
 _CRC = 4
+_INDEXES_KEPT = 8
+"""Of the shards read last. Small as they are, one for every shard splits the heap between the shards' freed buffers, which then fit no new one."""
 
 _FILL: dict[str, Any] = {
     "uint16": 0xFFFF,  # a NaN as bf16
@@ -277,7 +279,8 @@ class ArrayReader:
 
     def _index(self, shard: int) -> np.ndarray:
         """Offset and length of every chunk, uint64 [chunks, 2]."""
-        if shard not in self._indexes:
+        index = self._indexes.get(shard)
+        if index is None:
             expected = self.layout.shard_bytes(shard)
             recorded = self._record_of(self.layout.shard_name(shard))
             if recorded is not None and recorded.bytes != expected:
@@ -286,8 +289,10 @@ class ArrayReader:
             self._read_into(shard, expected - len(body), [body.data])
             if crc32c(body[:-_CRC]) != int.from_bytes(body[-_CRC:].tobytes(), "little"):
                 raise self._damaged(shard, "its index does not match its checksum")
-            self._indexes[shard] = body[:-_CRC].view("<u8").reshape(-1, 2)
-        return self._indexes[shard]
+            index = body[:-_CRC].view("<u8").reshape(-1, 2)
+            kept = list(self._indexes.items())[1 - _INDEXES_KEPT :]
+            self._indexes = dict([*kept, (shard, index)])  # replaced, not changed: several threads may read
+        return index
 
     def _read_into(self, shard: int, offset: int, buffers: list[memoryview]) -> None:
         try:

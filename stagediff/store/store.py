@@ -85,6 +85,12 @@ class Store:
     def artifact(self, ref: Ref | str) -> Artifact:
         return Artifact(self.objects, Ref(ref))
 
+    def check_writable(self) -> None:
+        """Writes a small file and removes it. Raises UserError where that cannot be done: better now than after the first long step."""
+        folder = f"{SCRATCH}/check-{uuid.uuid4().hex}"
+        self.objects.put(f"{folder}/empty", b"")
+        self.objects.delete_tree(folder)
+
     def write(self, spec: Spec, numerics: dict[str, Any] | None = None) -> Writer:
         """A writer that makes or continues the spec's artifact; use it in a `with` statement.
 
@@ -132,9 +138,12 @@ class Store:
         kind, _, key = prefix.rpartition("/")
         found = [ref for ref in self.refs(kind or None) if ref.key.startswith(key)]
         if len(found) != 1:
-            what = f"{len(found)} artifacts ({', '.join(found[:4])}{' …' if len(found) > 4 else ''})" if found else "no artifact"
+            place = self.objects.describe()
+            if not found:
+                raise UserError(f"The store {place} has no artifact {prefix!r}. `stagediff ls {self.root}` shows what it holds.")
             raise UserError(
-                f"{prefix!r} means {what} in the store {self.objects.describe()}. `stagediff ls` shows all keys; give more of one's digits."
+                f"{prefix!r} means {len(found)} artifacts of the store {place} ({', '.join(found[:4])}{' …' if len(found) > 4 else ''}). "
+                "Give more digits of the key."
             )
         return found[0]
 
@@ -254,7 +263,7 @@ class Store:
                 continue
             tree(f"{SCRATCH}/{folder}", "scratch files of a killed process")
         for key, entry in self.objects.leftovers().items():
-            if entry.modified <= before:
+            if entry.modified <= before and _is_ours(key):
                 garbage.append(Garbage(key, "a write that was never finished", entry.size))
                 if not dry_run:
                     self.objects.delete_leftover(key)
@@ -283,3 +292,12 @@ class Store:
             for path in left:
                 self.objects.delete(f"{ref}/{path}")
         return [Garbage(f"{ref}/{path}", "evicted", stored[path].size) for path in left]
+
+
+def _is_ours(key: str) -> bool:
+    """Whether a store can have put this there: a folder given by mistake may hold others' unfinished downloads."""
+    first, _, rest = key.partition("/")
+    try:
+        return first in (QUARANTINE, SCRATCH) or bool(Ref(f"{first}/{rest.partition('/')[0]}"))
+    except ValueError:
+        return False

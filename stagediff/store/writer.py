@@ -23,6 +23,7 @@ from stagediff.spec import Spec
 from stagediff.store.artifact import object_crc32c, read_receipt
 from stagediff.store.checksum import crc32c, crc_hex, file_crc32c
 from stagediff.store.claims import Claims, Session
+from stagediff.store.faults import explained, is_full
 from stagediff.store.manifest import FileRecord, Manifest, WriterRecord, plain
 from stagediff.store.names import LOCKS, MANIFEST, PARTIAL, RECEIPTS, REPLACES, SCRATCH, SESSIONS, SPEC, WORK, check_name, claims
 from stagediff.store.objects import Objects
@@ -73,8 +74,9 @@ class Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
-        if self._scratch is not None:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+        scratch = self._scratch
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
         complete = isinstance(error, AlreadyComplete)
         if self._session is not None:
             self._session.close(keep=not complete)
@@ -83,6 +85,8 @@ class Writer:
             if complete or (error is None and self.objects.exists(f"{self.ref}/{MANIFEST}")):
                 log.info("%s was completed by another process", self.ref)
                 self.objects.delete_tree(f"{self.ref}/{WORK}")
+        if error is not None and not isinstance(error, StagediffError) and is_full(error):  # outside the store's own writes: scratch files
+            raise explained(error, scratch or Path(tempfile.gettempdir())) from error
         return complete
 
     # What is there

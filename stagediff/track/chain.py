@@ -258,6 +258,8 @@ class _Builder:
         cfg, last, plan = self.config, self.steps[-1], self.plan
         common: dict[str, Any] = {"points": points, "alive_firings": cfg.alive_firings, "seed": cfg.seed}
         hook = HookPoint(layer=self.layers - 1, site="resid_post")
+        if hook == cfg.hook:  # kinds are judged in a space that is not the dictionary's own
+            hook = HookPoint(layer=self.layers - 1, site="resid_pre")
         reference = self.inputs.harvest("probe-reference", self.models[last], self.d, self.probe, self.probe_rows, hook=hook, keep=True)
         assert self.inputs.tokenizer is not None
         kinds = plan.add("kinds", KindsSpec(tokenizer=self.inputs.tokenizer, reference=reference, rule=cfg.kinds, **common))

@@ -43,7 +43,7 @@ alive and back."""
 MEASURES = ("activation_cosine", "feature_cosine", "feature_jaccard", "feature_weighted_jaccard")
 """Space and similarity of a progress measure M_i(t) (P2, section on feature formation)."""
 SETS = ("top", "levels")
-"""Datapoints of a feature: the strongest positions at the final checkpoint (P2), or a sample across the activation levels of its region R_i."""
+"""Datapoints of a feature: the strongest positions at the final checkpoint (P2), one per row, or a sample across the activation levels of its region R_i."""
 
 
 class Point(Value):
@@ -138,14 +138,18 @@ class FormationRule(Value):
 class FormationSpec(_Analysis):
     """Regions, datapoints and progress measures of every feature; when it formed.
 
-    regions.parquet, the datapoints: feature, set (of SETS), rank, level (0 = weakest, of the levels set; 0 for top), row, position, activation
-    (scaled units, at the final checkpoint). random.parquet: row, position of the fixed random positions.
+    regions.parquet, the datapoints: feature, set (of SETS), rank (0: strongest of its set), level (0 = weakest band, of the levels set; 0 for top), row,
+    position, activation (scaled units, at the final checkpoint). Set top is the final statistics' examples, at most one per row; set levels is
+    drawn from all positions of the region. random.parquet: row, position of the fixed random positions.
     formation.parquet: feature, step, set, m_<measure> for all MEASURES: mean off-diagonal similarity over the feature's datapoints minus that
-    over the random positions, at that checkpoint. baseline.parquet: step, measure, similarity of the random positions.
+    over the random positions, at that checkpoint; reason. baseline.parquet: step, measure, similarity of the random positions.
     formed.parquet: feature, set, measure, formed_step (first step from which M stays at or above `share` of its final value), low, high
-    (bootstrap interval over datapoints, 90 %, steps), final_m, datapoints, reason.
-    by_kind.parquet (where `kinds` is given): step, set, measure, kind (at the final checkpoint), m (mean), low, high (bootstrap over features), features.
-    agreement.parquet: set, measure_a, measure_b, m_correlation (Pearson over features and steps), time_correlation (Spearman of formation steps), features.
+    (bootstrap interval over datapoints, 90 %, steps; a resample that does not form counts as later than all checkpoints, and an end that falls there
+    is null), formed_share (of the resamples that form), final_m, datapoints, reason.
+    by_kind.parquet (where `kinds` is given): step, set, measure, kind (at the final checkpoint, not dead), m (mean), low, high (bootstrap over
+    features), features.
+    agreement.parquet, once per pair of measures, features alive at the end: set, measure_a, measure_b, m_correlation (Pearson over features and steps),
+    time_correlation (Spearman of formation steps, over features formed by both), features, formed (by both), reason.
     """
 
     step = "formation"
@@ -157,12 +161,16 @@ class DriftSpec(_Analysis):
     """How far every feature's decoder moved, beside the null: the same recipe carried on over a frozen checkpoint.
 
     features.parquet: feature, step, cos_final, cos_previous (null at the first), norm, density, alive, formed (flag: step >= formed_step of set
-    top, measure `measure`; null where the feature never formed).
-    histogram.parquet: step, against (final | previous | null), low, high, count, over features alive in both.
+    top, measure `measure`; null where the feature never formed), reason.
+    histogram.parquet: step, against (final | previous | null), low, high, count, over features alive in both (null: alive at the frozen
+    checkpoint; features x repeats).
     null.parquet: feature, repeat (1, 2, …), cos_start, cos_previous along the frozen checkpoint.
     trajectories.parquet: feature, step, pc1, pc2 (PCA of J_i = {W_dec_i[t]}, unit vectors, centred), formed; one row of `explained` per feature in
-    trajectory.parquet: feature, explained (share of variance in two components), length (sum of angles, degrees).
-    before_after.parquet: feature, drift_before, drift_after (mean 1 - cos_previous per checkpoint before / from formation on), null (same of the null).
+    trajectory.parquet: feature, explained (share of variance in two components), length (sum of angles, degrees), reason.
+    before_after.parquet: feature, drift_before, drift_after (mean 1 - cos_previous per checkpoint before / from formation on, where alive at both
+    ends), null (same of the null), reason.
+    same_step.parquet: step, formed, unformed (features that form later), drift_formed, drift_unformed (medians of 1 - cos_previous), difference,
+    low, high: before_after alone would also show that everything moves less late in training.
     """
 
     step = "drift"
@@ -213,8 +221,9 @@ class PhasesSpec(_Analysis):
     """Phases of training: change points of the shares of kinds and of drift, on the index axis and on the step axis (the index axis alone can fake phases).
 
     phases.parquet: axis (index | step | log_step), boundary (1, 2, …), at_step (the first checkpoint of the later phase), low, high (90 % bootstrap
-    over features), gain (share of the unexplained variation that this number of phases explains).
-    series.parquet: step, series (token, concept, noise, dead, drift), value, low, high.
+    over features), gain (share of the variation that one phase fewer leaves which this number of phases explains), gain_shuffled (95 % quantile of
+    the same in random order), gain_trend (of a straight line), reason.
+    series.parquet: step, series (token, concept, noise, dead, drift), value, low, high, reason.
     """
 
     step = "phases"
@@ -240,7 +249,8 @@ class UmapRule(Value):
 class UmapSpec(_Analysis):
     """UMAP of chosen features' datapoints, each checkpoint fitted apart (P2) and all together (aligned), so that points can be followed.
 
-    umap.parquet: fit (apart | aligned), step, feature (-1: random positions), row, position, u, v. features.parquet: feature, kind, why.
+    Shown are both sets of datapoints of the chosen features, and the random positions. umap.parquet: fit (apart | aligned), step, feature (-1: random
+    positions), row, position, u, v. features.parquet: feature, kind, why.
     """
 
     step = "umap"
@@ -265,8 +275,8 @@ class EfficiencyRow(Value):
 class EfficiencySpec(Spec):
     """Quality at every checkpoint, chained and from scratch: is the following budget enough?
 
-    quality.parquet: step, how, tokens, explained_variance, l0, dead, loss_recovered, input_scale, revived.
-    compared.parquet, for the steps that have them: step, how, ev_chained, ev_other, ev_gap, loss_recovered_gap.
+    quality.parquet: step, how, tokens, explained_variance, l0, dead, loss_recovered, input_scale, revived, reason.
+    compared.parquet, for the steps that have them: step, how, ev_chained, ev_other, ev_gap (chained - other), loss_recovered_gap (the same).
     """
 
     step = "efficiency"

@@ -1,6 +1,6 @@
 """Registers the steps of SAE-Track and the `track` kind of run."""
 
-from stagediff.steps import RunKind, Step, register, register_kind
+from stagediff.steps import RunKind, Step, register, register_command, register_kind
 from stagediff.track import spec
 
 register(Step("kinds", spec.KindsSpec, "stagediff.track.kinds:compute"))
@@ -9,5 +9,6 @@ register(Step("drift", spec.DriftSpec, "stagediff.track.drift:compute"))
 register(Step("patterns", spec.PatternsSpec, "stagediff.track.patterns:compute"))
 register(Step("phases", spec.PhasesSpec, "stagediff.track.phases:compute"))
 register(Step("umap", spec.UmapSpec, "stagediff.track.umap:compute"))
-register(Step("efficiency", spec.EfficiencySpec, "stagediff.track.efficiency:compute"))
+register(Step("efficiency", spec.EfficiencySpec, "stagediff.track.efficiency:compute", section="stagediff.track.section:section"))
 register_kind(RunKind("track", "stagediff.track.config:TrackConfig", "stagediff.track.chain:plan"))
+register_command("compare", "stagediff.track.compare:command")

@@ -1,8 +1,5 @@
-"""Harvest: what is stored is what the model computes; kills, workers and damaged models."""
+"""Harvest: what is stored is what the model computes; resuming, workers and damaged models."""
 
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -163,10 +160,10 @@ def test_a_fault_of_the_writer_thread_reaches_the_caller(
     from stagediff.store.arrays import ArrayWriter
 
     def full(self: Any, shard: int, block: Any) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(ArrayWriter, "write_shard", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="Input/output error"):
         steps.run(spec_for(save_tiny("gpt_neox"), put_rows(ids)), store)
 
 
@@ -176,66 +173,3 @@ def test_chunks_divide_shards_and_stay_within_8_mib(shard: int, d: int) -> None:
     assert shard % rows == 0
     assert rows == 1 or rows * d * 2 <= 8 << 20
     assert rows == shard or rows * d * 2 > 1 << 20  # none of these needs tiny chunks
-
-
-KILLED = """
-import sys
-from stagediff import steps
-from stagediff.lm.spec import HarvestSpec
-from stagediff.store import Store
-steps.run(HarvestSpec.model_validate_json(sys.argv[2]), Store(sys.argv[1]), device="cpu")
-"""
-
-
-@pytest.mark.slow
-def test_kill_9_costs_no_more_than_the_shard_at_hand(save_tiny: Any, store: Any, put_rows: Any, tmp_path: Path) -> None:
-    ids = np.random.default_rng(1).integers(0, 97, (2400, CONTEXT)).astype(np.int32)
-    spec = spec_for(save_tiny("gpt_neox"), put_rows(ids), rows=len(ids))
-    whole = files(store, steps.run(spec, store, device="cpu"))
-    store.remove(spec.ref)
-    shards = tmp_path / "store" / spec.ref / "data" / "c"
-    for wanted in (3, 40):
-        process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "store"), spec.model_dump_json()])
-        deadline = time.monotonic() + 60
-        while (len(list(shards.iterdir())) if shards.exists() else 0) < wanted:
-            assert process.poll() is None, "it finished before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        process.kill()
-        process.wait()
-        assert not store.artifact(spec.ref).is_complete
-    there = len(list(shards.iterdir()))
-    steps.run(spec, store, device="cpu")
-    assert files(store, spec.ref) == whole
-    assert store.artifact(spec.ref).verify() == []
-    computed = store.artifact(spec.ref).manifest.notes["harvest"]["tokens"] // (8 * (CONTEXT - 1))
-    assert computed <= 300 - there + 2  # at most the shard that was being written and the one being computed
-
-
-PEAK = """
-import resource, sys
-from stagediff import steps
-from stagediff.lm.activations import ActivationReader
-from stagediff.lm.spec import ActivationData, HarvestSpec
-from stagediff.store import Store
-spec, store = HarvestSpec.model_validate_json(sys.argv[2]), Store(sys.argv[1])
-steps.run(spec, store, device="cpu")
-reader = ActivationReader(store, ActivationData(base=spec.ref, rows=spec.rows))
-for i in range(reader.n_shards):
-    reader.read_shard(i)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
-"""
-
-
-@pytest.mark.slow
-def test_memory_of_harvest_and_reading_does_not_grow_with_the_rows(save_tiny: Any, store: Any, put_rows: Any, tmp_path: Path) -> None:
-    folder = save_tiny("gpt_neox", hidden_size=256, intermediate_size=64)
-    peaks = []
-    for rows in (2_000, 16_000):  # 32 MB and 250 MB of activations in shards of 1 MB
-        tokens = put_rows(np.random.default_rng(rows).integers(0, 97, (rows, 32)).astype(np.int32))
-        spec = spec_for(folder, tokens, rows=rows, hook=HookPoint(layer=0), batch_rows=64, shard_rows=64)
-        done = subprocess.run(
-            [sys.executable, "-c", PEAK, str(tmp_path / "store"), spec.model_dump_json()], check=True, capture_output=True, text=True
-        )
-        peaks.append(int(done.stdout))
-    assert peaks[1] - peaks[0] < 60, f"peak memory {peaks} MiB"

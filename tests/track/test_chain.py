@@ -229,3 +229,9 @@ def test_an_organism_with_more_checkpoints_lets_the_chain_grow(tmp_path):
     assert added == {f"{what}-step8" for what in ("harvest", "probe", "follow", "statistics", "quality")} | ANALYSIS
     with pytest.raises(UserError, match=r"\[3\] are not among model.organism.checkpoints"):
         plan([0, 3])
+
+
+@pytest.mark.parametrize(("site", "reference"), [("resid_pre", "resid_post"), ("resid_post", "resid_pre")])
+def test_kinds_are_judged_in_a_space_that_is_not_the_hooks_own(site, reference, tmp_path):
+    plan = plan_of(config(hook={"layer": 1, "site": site}), tmp_path)
+    assert plan["probe-reference"].spec.hook.model_dump() == {"layer": 1, "site": reference}

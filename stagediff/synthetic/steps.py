@@ -1,0 +1,10 @@
+"""Registers the planted steps and the command `stagediff planted`."""
+
+from stagediff.steps import Resources, Step, register, register_command
+from stagediff.synthetic import spec
+
+register(Step("planted-tokenizer", spec.PlantedTokenizerSpec, "stagediff.synthetic.rows:tokenizer"))
+register(Step("planted-tokens", spec.PlantedTokensSpec, "stagediff.synthetic.rows:tokens"))
+register(Step("planted-harvest", spec.PlantedHarvestSpec, "stagediff.synthetic.harvest:compute", Resources(sharded=True)))
+register(Step("planted-track", spec.PlantedTrackSpec, "stagediff.synthetic.judge:compute"))
+register_command("planted", "stagediff.synthetic.command:command")
