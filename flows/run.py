@@ -15,6 +15,12 @@ _ENVIRONMENT = {
 }
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not what a failed step or flow run says to the terminal: its error is raised, and the command prints it, once. The UI gets both."""
+    is_run = record.name.startswith(("prefect.flow_runs", "prefect.task_runs"))
+    return not is_run or (record.levelno < logging.ERROR and "Finished in state Failed(" not in record.getMessage())
+
+
 def run_plan(config: dict[str, Any], store: str, *, device: str = "auto", force: tuple[str, ...] = ()) -> None:
     """Runs the flow of the config's kind in this process; raises what its steps raise."""
     chosen = "PREFECT_LOGGING_LEVEL" in os.environ
@@ -31,5 +37,7 @@ def run_plan(config: dict[str, Any], store: str, *, device: str = "auto", force:
     if get_current_settings().api.url is not None and not chosen:
         for logger in ("prefect", "prefect.extra"):
             logging.getLogger(logger).setLevel(logging.INFO)
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(_is_news)
     flows: dict[str, Flow[..., str]] = {"stagewise": stagewise, "track": track, "both": both}
     flows[config["kind"]](config=config, store=store, device=device, force=list(force))

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from stagediff.errors import UserError
 from stagediff.inputs.config import CorpusConfig, HarvestConfig, ModelConfig, OrganismConfig, TrainConfig
 from stagediff.lm.corpora import resolve_corpus
-from stagediff.lm.sources import model_config, resolve_tokenizer, width
+from stagediff.lm.sources import check_context, model_config, resolve_tokenizer, width
 from stagediff.lm.spec import CorpusSource, HarvestSpec, HookPoint, ModelSource, TokenizerSource, TokenizerSpec, TokensSpec
 from stagediff.organisms.spec import OrganismSpec
 from stagediff.plan import Plan
@@ -93,11 +93,12 @@ class Inputs:
         return self.plan.add("organism", spec)
 
     def width(self, model: ModelConfig, source: ModelSource) -> int:
-        """The residual stream's width d, before any model exists."""
+        """The residual stream's width d, before any model exists. Raises UserError when the model is made for shorter rows."""
         if model.organism:
             return model.organism.architecture.width
         config = model_config(source)
         assert config is not None  # a model outside the store has one: resolve_model has seen it
+        check_context(config, self.context)
         return width(config)
 
     def harvest(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "artifact_folder",
+    "check_context",
     "check_hook",
     "check_models",
     "check_unchanged",
@@ -52,6 +53,7 @@ SHAPE_FIELDS = {
     "layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
     "vocabulary": ("vocab_size",),
 }
+POSITION_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 
 
 def resolve_model(*, name: str, revision: str | None = None, adapter: str | None = None) -> ModelSource:
@@ -129,6 +131,15 @@ def check_hook(source: ModelSource, hook: HookPoint, store: "Store | None" = Non
     n = n_layers(config)
     if not 0 <= hook.layer < n:
         raise UserError(f"The hook point asks for layer {hook.layer}, but {_called(source)} has layers 0 to {n - 1}. Choose one of these.")
+
+
+def check_context(config: dict[str, Any], context: int) -> None:
+    """Raises UserError when rows of `context` tokens are longer than the model was made for. `config`: as `model_config` gives it."""
+    most = next((config[name] for name in POSITION_FIELDS if isinstance(config.get(name), int) and config[name] > 0), None)
+    if most is not None and context > most:
+        raise UserError(
+            f"context is {context}, but the model takes at most {most} tokens at a time (its config.json). Give a context up to that."
+        )
 
 
 def model_config(source: ModelSource, store: "Store | None" = None) -> dict[str, Any] | None:

@@ -1,8 +1,10 @@
 """The step `umap`: maps of chosen features' datapoints at chosen checkpoints (SAE-Track, arXiv 2412.17626; UMAP: McInnes et al. 2018).
 
 `apart` fits every checkpoint by itself, as the paper does: only what lies together means something, not where, and the same point may land anywhere at the next
-checkpoint. `aligned` (AlignedUMAP) fits all checkpoints together and holds each point near its places before and after, so that it can be followed. Both work
-on the residual-stream vectors of the positions, each position once, though it may be a datapoint of several features.
+checkpoint. `aligned` (AlignedUMAP) fits all checkpoints together and holds a point near its places before and after, the more its neighbours there are the
+same, so that it can be followed. Both work
+on the residual-stream vectors of the positions, each position once, though it may be a datapoint of several features. Aligned maps want fewer neighbours
+than the paper's 100 (see UmapRule).
 
 One thread and a fixed seed: the same settings give the same bytes, with the same versions of umap-learn and numba (in the notes).
 """
@@ -12,6 +14,7 @@ import itertools
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -79,7 +82,7 @@ def compute(spec: UmapSpec, job: "Job") -> dict[str, Any]:
     job.writer.write_table("features.parquet", features, columns=FEATURE_COLUMNS)
     job.notes["versions"] = {name: importlib.metadata.version(name) for name in ("umap-learn", "numba")}
     job.notes["seconds"] = round(time.monotonic() - began, 2)
-    return {"features": len(chosen), "positions": len(at), "checkpoints": len(points), "neighbors": _neighbors(spec.rule, len(at))}
+    return {"features": len(chosen), "positions": len(at), "checkpoints": len(points)}
 
 
 def choose(rule: UmapRule, kind: np.ndarray, final_m: np.ndarray, datapoints: np.ndarray, asked: int) -> np.ndarray:
@@ -116,36 +119,42 @@ def spread(checkpoints: int, count: int) -> list[int]:
     return np.unique(np.linspace(0, checkpoints - 1, min(count, checkpoints)).round().astype(int)).tolist()
 
 
-def _neighbors(rule: UmapRule, n: int) -> int:
-    return min(rule.neighbors, n - 1)
-
-
 def _maps(vectors: Sequence[np.ndarray], rule: UmapRule) -> Iterator[tuple[str, int, np.ndarray]]:
     """(fit, checkpoint, [n, 2]) of vectors [n, d] per checkpoint. A single checkpoint has nothing to be aligned with."""
     for i, x in enumerate(vectors):
-        yield "apart", i, _fitted([x], rule)[0]
+        yield "apart", i, _apart(x, rule)
     if len(vectors) > 1:
-        for i, uv in enumerate(_fitted(vectors, rule)):
+        for i, uv in enumerate(_aligned(vectors, rule)):
             yield "aligned", i, uv
 
 
-def _fitted(vectors: Sequence[np.ndarray], rule: UmapRule) -> list[np.ndarray]:
-    n = len(vectors[0])
-    settings: dict[str, Any] = {
-        "n_neighbors": _neighbors(rule, n),
-        "min_dist": rule.min_dist,
-        "metric": "cosine",
-        "random_state": rule.seed,
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a seed means one thread, and what its own dependencies deprecate
-        import umap  # here, because numba takes seconds to start
+def _apart(x: np.ndarray, rule: UmapRule) -> np.ndarray:
+    with _quiet():
+        from umap import UMAP  # here, because numba takes seconds to start
 
-        if len(vectors) == 1:
-            return [umap.UMAP(n_jobs=1, **settings).fit_transform(vectors[0])]
-        same = {i: i for i in range(n)}
-        fitted = umap.AlignedUMAP(**settings).fit(list(vectors), relations=[same] * (len(vectors) - 1))
+        return UMAP(n_neighbors=min(rule.neighbors, len(x) - 1), n_jobs=1, **_settings(rule)).fit_transform(x)
+
+
+def _aligned(vectors: Sequence[np.ndarray], rule: UmapRule) -> list[np.ndarray]:
+    n = len(vectors[0])
+    with _quiet():
+        from umap import AlignedUMAP
+
+        fitted = AlignedUMAP(n_neighbors=min(rule.aligned_neighbors, n - 1), **_settings(rule))
+        fitted.fit(list(vectors), relations=[{i: i for i in range(n)}] * (len(vectors) - 1))
         return [np.asarray(uv) for uv in fitted.embeddings_]
+
+
+def _settings(rule: UmapRule) -> dict[str, Any]:
+    return {"min_dist": rule.min_dist, "metric": "cosine", "random_state": rule.seed}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings that a seed means one thread, and of what umap-learn's own dependencies deprecate."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 UMAP_COLUMNS = {

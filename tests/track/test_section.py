@@ -319,7 +319,7 @@ def test_the_words_say_what_the_tables_say(made):
     assert f"{formed['token']['ever']} of {formed['token']['features']} token-level features have formed" in html
     table = made.tables["patterns", "patterns"]
     assert f"{table[table.pattern == 'token_to_concept'].feature.nunique()} went from token to concept" in html
-    assert f"and {len(made.tables['patterns', 'merges'])} merged with another" in html
+    assert f"and {made.tables['patterns', 'merges'].feature.nunique()} merged with another" in html
 
 
 @pytest.mark.parametrize(

@@ -94,8 +94,8 @@ def phases(run: TrackRun) -> dict[str, Any] | None:
         curves[str(name)] = {"at": _at(run, part["step"]), **{n: short(part[n]) for n in ("value", "low", "high")}}
     names = [n for n in GAINS if n in table]
     gains = {str(axis): {n: _plain(part[n].iloc[0]) for n in names} for axis, part in table.groupby("axis", sort=False, observed=True)}
-    reasons = table["reason"].dropna() if "reason" in table else []
-    return {"boundaries": boundaries, "gains": gains, "series": curves, "reason": str(reasons.iloc[0]) if len(reasons) else None}
+    reasons = table["reason"].dropna().tolist() if "reason" in table else []
+    return {"boundaries": boundaries, "gains": gains, "series": curves, "reason": str(reasons[0]) if reasons else None}
 
 
 def counts(run: TrackRun) -> dict[str, Any] | None:

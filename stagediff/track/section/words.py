@@ -24,11 +24,11 @@ def headline_html(run: TrackRun, parts: dict[str, Any]) -> str:
 
 def phase_words(run: TrackRun, parts: dict[str, Any]) -> str:
     """Where the boundaries lie on each axis, and whether the axes agree."""
-    found = parts.get("phases") or {}
-    boundaries = found.get("boundaries")
+    part = parts.get("phases") or {}
+    boundaries = part.get("boundaries")
     spec = run.artifacts["phases"].spec() if "phases" in run.artifacts else None
-    if found.get("reason"):
-        return f"What features were, and what they did, at every checkpoint. No phases were found: {escape(found['reason'])}."
+    if part.get("reason"):
+        return f"What features were, and what they did, at every checkpoint. No phases were found: {escape(part['reason'])}."
     if not boundaries or not isinstance(spec, PhasesSpec):
         return "What features were, and what they did, at every checkpoint."
     told = [f"{AXIS_WORDS[axis]}: {', '.join(_boundary(run, b) for b in found)}" for axis in AXIS_WORDS if (found := boundaries.get(axis))]
@@ -41,7 +41,7 @@ def phase_words(run: TrackRun, parts: dict[str, Any]) -> str:
     )
     return (
         f"Training was cut into {spec.rule.phases} phases where the shares of kinds and the drift change most. Boundaries by {'; by '.join(told)}. "
-        f"{verdict} A boundary that appears on one axis only may come from how the checkpoints were spaced.{_are_phases(found.get('gains') or {})}"
+        f"{verdict} A boundary that appears on one axis only may come from how the checkpoints were spaced.{_are_phases(part.get('gains') or {})}"
     )
 
 
@@ -207,7 +207,7 @@ def _patterns(run: TrackRun) -> str:
     seen = run.pattern[run.pattern != NONE]
     steady = float((seen == PATTERNS.index("maintaining")).mean()) if seen.size else 0.0
     merges = run.table("patterns", "merges", ["feature"])
-    merged = f", and {number(len(merges))} merged with another" if merges is not None and len(merges) else ""
+    merged = f", and {number(int(merges['feature'].nunique()))} merged with another" if merges is not None and len(merges) else ""
     return (
         f"Between neighbouring checkpoints features maintain what they are in {_percent(steady)} of cases. {number(ever['grouping'])} came out of noise "
         f"at least once, {number(ever['token_to_token'])} changed their token, {number(ever['token_to_concept'])} went from token to concept and "

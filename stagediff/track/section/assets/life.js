@@ -23,7 +23,7 @@
     const steps = (a, b) => (a === b ? R.stepName(a) : `steps ${R.count(R.steps[a])} to ${R.count(R.steps[b])}`);
     const cell = (text, a, b, kind, hint) => { const c = el("span", { class: "run " + (kind ? "k-" + kind : "plain"), title: hint }, text); c.style.flex = `${b - a + 1} 1 0`; return c; };
     const rows = [el("div", { class: "strip" }, runs(kinds).map(([k, a, b]) => cell(k ? R.KIND_NAMES[k] : "unclear", a, b, k || "unclear", `${k ? R.KIND_NAMES[k] : "too few examples"}, ${steps(a, b)}`)))];
-    if (tokens) rows.push(el("div", { class: "strip tokens" }, runs(tokens).map(([t, a, b]) => cell(t === null ? "" : S.visible(t) || "␣", a, b, null, t === null ? `no token, ${steps(a, b)}` : `strongest token “${S.visible(t)}”, ${steps(a, b)}`))));
+    if (tokens) rows.push(el("div", { class: "strip tokens" }, runs(tokens).map(([t, a, b]) => cell(t === null ? "" : R.say(t), a, b, null, t === null ? `no token, ${steps(a, b)}` : `strongest token “${R.say(t)}”, ${steps(a, b)}`))));
     const keep = Math.ceil(R.T / 16);
     rows.push(el("div", { class: "strip scale", "aria-hidden": "true" }, R.steps.map((s, k) => { const c = el("span", null, (R.last - k) % keep === 0 ? R.count(s) : ""); c.style.flex = "1 1 0"; return c; })));
     return el("div", { class: "strips" }, rows);
@@ -92,12 +92,15 @@
     const patterns = R.patterns(i), tokens = R.tokens(i), found = [];
     if (patterns) patterns.forEach((p, k) => {
       if (!p || p === "maintaining" || !k) return;
-      const say = tokens && p === "token_to_token" ? `: “${S.visible(tokens[k - 1] || "")}” → “${S.visible(tokens[k] || "")}”` : "";
+      const say = tokens && p === "token_to_token" ? `: “${R.say(tokens[k - 1] || "")}” → “${R.say(tokens[k] || "")}”` : "";
       const dot = el("i"); dot.style.background = S.colour(R.PATTERN[p]);
       found.push([k, el("li", null, dot, `step ${R.count(R.steps[k - 1])} → ${R.count(R.steps[k])}: ${R.PATTERN_NAMES[p]}${say}`)]);
     });
+    const seen = new Set();
     for (const [a, b, k, c0, c1, shared] of R.merges) if (a === i || b === i) {
       const other = a === i ? b : a;
+      if (seen.has(`${other} ${k}`)) continue;
+      seen.add(`${other} ${k}`);
       found.push([k, el("li", null, el("i"), `${R.stepName(k)}: merged with `, el("a", { href: `#feature-${other}` }, `feature ${R.count(other)}`), ` (cosine ${fixed(c0, 2)} → ${fixed(c1, 2)}, ${Math.round(100 * shared)} % of examples shared)`)]);
     }
     if (!found.length) return patterns ? el("p", { class: "small muted" }, "It kept its kind and its token through every checkpoint at which it has a kind.") : null;
@@ -137,7 +140,7 @@
     title.textContent = `Feature ${R.count(i)}`;
     for (const name of Object.keys(charts)) delete charts[name];
     const minis = R.source.measures.map((m) => [m, progress(i, m)]).filter(([, node]) => node), kind = R.kind(i), token = R.token(i);
-    const tags = [kind ? el("span", { class: "tag k-tag k-" + kind }, R.KIND_NAMES[kind] + " at the end") : null, token !== null && kind === "token" ? el("span", { class: "tag mono" }, S.visible(token) || "␣") : null, R.outstanding.includes(i) ? el("span", { class: "tag" }, "outstanding") : null].filter(Boolean);
+    const tags = [kind ? el("span", { class: "tag k-tag k-" + kind }, R.KIND_NAMES[kind] + " at the end") : null, token !== null && kind === "token" ? el("span", { class: "tag mono" }, R.say(token)) : null, R.outstanding.includes(i) ? el("span", { class: "tag" }, "outstanding") : null].filter(Boolean);
     const path = el("div"), strips = strip(i), key = [["top", "strongest positions"], ["levels", "across activation levels"]];
     const legend = el("p", { class: "small muted keyline" }, key.filter(([set]) => R.fullCurve(i, `m_${set}_${MAIN}`)).map(([set, text]) => { const dot = el("i"); dot.style.background = S.colour(COLOUR[set]); return [dot, text]; }).flat(), el("i", { class: "dashed" }), "random positions: what lies above them is M");
     const left = [minis.length ? card("Formation: likeness of its datapoints", [legend, el("div", { class: "four" }, minis.map(([m, node]) => el("figure", null, el("figcaption", null, R.MEASURE_NAMES[m], m === MAIN ? el("span", { class: "muted" }, " · decides when it formed") : null), node)))], minis.length === 1 && R.source.measures.length > 1 ? "At this size the page holds the other measures of outstanding features and of a sample only." : null) : null];

@@ -33,7 +33,7 @@
     columns: [
       { name: "feature", title: "Feature", hint: "its index in every dictionary of the chain", value: (i) => i, cell: (i) => String(i) },
       t.kind && { name: "kind", title: "Kind at the end", hint: "the rule is told under Limits", value: (i) => R.kind(i) || "~", cell: kindTag },
-      t.token && { name: "token", title: "Token", hint: "the token with the largest share of its strongest activations, at the end", value: (i) => R.token(i) ?? "\uffff", cell: (i) => { const text = R.token(i); return text === null ? "–" : el("code", null, S.visible(text) || "␣"); } },
+      t.token && { name: "token", title: "Token", hint: "the token with the largest share of its strongest activations, at the end", value: (i) => R.token(i) ?? "\uffff", cell: (i) => { const text = R.token(i); return text === null ? "–" : el("code", null, R.say(text)); } },
       measures.formed && { name: "formed", title: "Formed at step", hint: "first step from which M stays above its share of the final value; 90 % interval", numeric: true, value: measures.formed, cell: formed },
       numeric("final_m", "Final M", "likeness of its datapoints above random positions, at the last checkpoint", 3), numeric("drift", "Drift", "mean 1 − cosine with the checkpoint before"), numeric("density", "Density", "firings per token at the last checkpoint"), numeric("norm", "Norm", "of its decoder row at the last checkpoint"),
       R.source.curves.m && { name: "curve", title: "M through training", hint: "the dot: when it formed", cell: spark },

@@ -11,6 +11,8 @@ stagediff.track = (() => {
   const MEASURE_NAMES = { activation_cosine: "cosine of activations", feature_cosine: "cosine of features", feature_jaccard: "Jaccard of features", feature_weighted_jaccard: "weighted Jaccard of features" };
   const SET_NAMES = { top: "strongest positions", levels: "across activation levels" };
   const count = (v) => v.toLocaleString("en");
+  /* A token that can be seen: white space alone as signs, counted where it is long. */
+  const say = (token) => { const text = S.visible(token); return text.trim() ? text : text.length > 4 ? `␣ × ${text.length}` : text.replaceAll(" ", "␣") || "␣"; };
 
   // --- packed numbers
   function numbers(packed) {
@@ -130,7 +132,7 @@ stagediff.track = (() => {
   const outstanding = Array.from(column(source.outstanding) || []);
 
   return {
-    n, steps, T, last, source, table, overview: S.data("track-phases") || {}, KIND, KIND_NAMES, PATTERN, PATTERN_NAMES, MEASURE_NAMES, SET_NAMES, count, words, numbers, unpack, snippet,
+    n, steps, T, last, source, table, overview: S.data("track-phases") || {}, KIND, KIND_NAMES, PATTERN, PATTERN_NAMES, MEASURE_NAMES, SET_NAMES, count, say, words, numbers, unpack, snippet,
     curve, fullCurve, fullValue, kinds, patterns, tokens, kind, token, formed, went, inFull: (i) => inFull(i) >= 0, scale, stepName, onAxis: (f) => listeners.push(f), setAxis, get axis() { return axis; },
     examples, datapoints, withTexts, outstanding, open, onOpen: (f) => openers.push(f), begin, get current() { return current; }, merges: source.merges, NEVER,
   };
