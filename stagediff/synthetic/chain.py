@@ -22,7 +22,7 @@ from stagediff.synthetic.spec import (
 from stagediff.synthetic.world import BLOCK_ROWS, Planted
 from stagediff.track.spec import FormationSpec, KindsSpec, PatternsSpec, Point
 
-__all__ = ["Recipe", "plan"]
+__all__ = ["RECIPES", "Recipe", "plan"]
 
 HOOK, REFERENCE = HookPoint(layer=0, site="resid_post"), HookPoint(layer=1, site="resid_post")
 """Names for two spaces that differ; no model is behind them."""
@@ -31,18 +31,28 @@ EXAMPLES = 25
 
 
 class Recipe(Value):
-    """How the chain is trained and looked at. Chosen on seeds 100 to 104."""
+    """How the chain is trained and looked at. Chosen on the seeds 100 to 104."""
 
-    dictionary: DictionaryConfig = DictionaryConfig(architecture="batchtopk", features=256, k=2)
+    dictionary: DictionaryConfig
     train: Budget = Budget(tokens=1_048_576, batch=1024, lr=2e-3)
     follow: Budget = Budget(tokens=196_608, batch=1024, lr=2e-3)
     optimiser: Literal["fresh", "carried"] = "fresh"
     revive: Literal["none", "resample"] = "resample"
+    """Features that are dead at a checkpoint start anew there: without it nothing is left for newborns to take."""
     revive_tokens: int = 32_768
     rows: int = Field(6144, ge=1)
     """Training rows, read as often as the budgets ask for."""
     probe_rows: int = Field(2048, ge=EXAMPLES)
-    alive_firings: int = 10
+    alive_firings: int = 64
+    """One firing in a thousand probe tokens (the rarest planted features fire two or three times): what a vanished feature leaves behind fires less."""
+
+
+RECIPES = {
+    "batchtopk": Recipe(dictionary=DictionaryConfig(architecture="batchtopk", features=256, k=2)),
+    "relu": Recipe(dictionary=DictionaryConfig(architecture="relu", features=256, l1=3.0)),
+}
+"""Architecture -> recipe. batchtopk: k is near the number of features that really fire, which a real run cannot know. relu: SAE-Track's own architecture; with
+more latents than there is to find it spends several on one feature, and newborns take these over."""
 
 
 def plan(world: TrackWorld, recipe: Recipe) -> Plan:

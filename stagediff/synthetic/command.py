@@ -70,6 +70,7 @@ def command(
     track: Annotated[bool, typer.Option("--track", help="Planted trajectories along checkpoints, for SAE-Track.")] = False,
     seed: Annotated[list[int] | None, typer.Option(help="The world's seed; may be given several times. Default: 0.")] = None,
     rung: Annotated[str, typer.Option(help=f"How hard: {', '.join(RUNGS)}, or all.")] = "middle",
+    architecture: Annotated[str, typer.Option(help="The dictionaries': batchtopk or relu.")] = "batchtopk",
     store: Annotated[str, typer.Option("--store", help="Folder or s3://bucket/prefix.")] = "runs/planted",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output on standard output.")] = False,
@@ -77,7 +78,7 @@ def command(
     """Scores the method on planted truth: synthetic checkpoints whose features and their fates are known."""
     from stagediff.errors import UserError
     from stagediff.store import Store
-    from stagediff.synthetic.chain import Recipe
+    from stagediff.synthetic.chain import RECIPES
 
     if not track:
         raise UserError(
@@ -85,24 +86,26 @@ def command(
         )
     if rung not in (*RUNGS, "all"):
         raise UserError(f"There is no rung {rung!r}; expected {', '.join(RUNGS)}, or all.")
+    if architecture not in RECIPES:
+        raise UserError(f"There is no recipe for {architecture!r} dictionaries; expected {' or '.join(RECIPES)}.")
     rungs = RUNGS if rung == "all" else (rung,)
-    table = ladder([(name, world(name, s)) for name in rungs for s in seed or (0,)], Recipe(), Store(store), device=device)
+    table = ladder([(name, world(name, s)) for name in rungs for s in seed or (0,)], RECIPES[architecture], Store(store), device=device)
     middle = medians(table)
     if as_json:
-        print(json.dumps({"scores": _records(table), "medians": _records(middle)}))
+        print(json.dumps({"architecture": architecture, "scores": _records(table), "medians": _records(middle)}))
     else:
-        _show(table, middle)
+        _show(table, middle, architecture)
 
 
 def _records(table: "pd.DataFrame") -> list[dict[str, Any]]:
     return json.loads(table.to_json(orient="records"))
 
 
-def _show(table: "pd.DataFrame", middle: "pd.DataFrame") -> None:
+def _show(table: "pd.DataFrame", middle: "pd.DataFrame", architecture: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    shown = Table(title="SAE-Track on planted trajectories", caption=LEGEND, caption_justify="left")
+    shown = Table(title=f"SAE-Track on planted trajectories, {architecture} dictionaries", caption=LEGEND, caption_justify="left")
     for head in ("rung", "seed", *COLUMNS.values()):
         shown.add_column(head, justify="left" if head == "rung" else "right")
     for rung, of in table.groupby("rung", sort=False):

@@ -48,7 +48,7 @@ class Rung(Value):
 LADDER = {
     "easy": Rung(noise=0.05, superposition=1.0, rotation=2.0, jitter=0.5, width=1),
     "middle": Rung(noise=0.08, superposition=1.5, rotation=4.0, jitter=1.0, width=2),
-    "hard": Rung(noise=0.12, superposition=2.0, rotation=8.0, jitter=2.0, width=4),
+    "hard": Rung(noise=0.2, superposition=3.0, rotation=8.0, jitter=2.0, width=4),
 }
 RUNGS = tuple(LADDER)
 

@@ -1,10 +1,9 @@
 """The step `umap`: maps of chosen features' datapoints at chosen checkpoints (SAE-Track, arXiv 2412.17626; UMAP: McInnes et al. 2018).
 
-`apart` fits every checkpoint by itself, as the paper does: only what lies together means something, not where, and the same point may land anywhere at the next
-checkpoint. `aligned` (AlignedUMAP) fits all checkpoints together and holds a point near its places before and after, the more its neighbours there are the
-same, so that it can be followed. Both work
-on the residual-stream vectors of the positions, each position once, though it may be a datapoint of several features. Aligned maps want fewer neighbours
-than the paper's 100 (see UmapRule).
+`apart` fits every checkpoint by itself, as the paper does: only what lies together means something, not where, and the same point may land anywhere at
+the next checkpoint. `aligned` (AlignedUMAP) fits all checkpoints together and holds a point near its places before and after, the more its neighbours there
+are the same, so that it can be followed; it wants fewer neighbours than the paper's 100 (see UmapRule). Both work on the residual-stream vectors of the
+positions, each position once, though it may be a datapoint of several features.
 
 One thread and a fixed seed: the same settings give the same bytes, with the same versions of umap-learn and numba (in the notes).
 """

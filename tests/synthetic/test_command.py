@@ -23,6 +23,7 @@ SMALL = Recipe(
     revive_tokens=8_192,
     rows=1_024,
     probe_rows=512,
+    alive_firings=10,
 )
 
 
@@ -87,8 +88,15 @@ def test_the_command_is_registered_and_prints_json_and_tables(cli):
     assert "planted trajectories" in cli("--track", "--seed", "3").output
 
 
-def test_the_command_says_what_exists(cli):
-    for arguments, said in ((["--seed", "1"], "Only trajectories"), (["--track", "--rung", "steep"], "easy, middle, hard, or all")):
-        error = cli(*arguments).exception
-        assert isinstance(error, UserError)
-        assert said in str(error)
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--seed", "1"], "Only trajectories"),
+        (["--track", "--rung", "steep"], "easy, middle, hard, or all"),
+        (["--track", "--architecture", "gated"], "batchtopk or relu"),
+    ],
+)
+def test_the_command_says_what_exists(cli, arguments, said):
+    error = cli(*arguments).exception
+    assert isinstance(error, UserError)
+    assert said in str(error)

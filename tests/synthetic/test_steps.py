@@ -12,7 +12,7 @@ from stagediff.lm.spec import CorpusSource, HookPoint, ModelSource, TokenizerSou
 from stagediff.progress import Progress
 from stagediff.sae.initial import measure
 from stagediff.spec import Ref
-from stagediff.synthetic.chain import Recipe, plan
+from stagediff.synthetic.chain import RECIPES, plan
 from stagediff.synthetic.spec import PlantedHarvestSpec, PlantedTokenizerSpec, PlantedTokensSpec
 from stagediff.synthetic.world import BLOCK_ROWS
 
@@ -118,13 +118,14 @@ def test_a_harvest_refuses_what_cannot_be(harvest):
 
 
 def test_a_world_and_a_recipe_say_everything_that_decides_a_key(tiny_world):
-    def keys(world, recipe) -> dict[str, str]:
-        return {n.name: str(n.ref) for n in plan(world, recipe)}
+    def keys(world, how) -> dict[str, str]:
+        return {n.name: str(n.ref) for n in plan(world, how)}
 
-    usual = keys(tiny_world, Recipe())
-    other = keys(tiny_world.model_copy(update={"seed": 4}), Recipe())
+    recipe = RECIPES["relu"]
+    usual = keys(tiny_world, recipe)
+    other = keys(tiny_world.model_copy(update={"seed": 4}), recipe)
     assert all(usual[name] != other[name] for name in usual if name != "tokenizer")
-    longer = keys(tiny_world, Recipe(follow=Recipe().follow.model_copy(update={"lr": 1e-3})))
+    longer = keys(tiny_world, recipe.model_copy(update={"follow": recipe.follow.model_copy(update={"lr": 1e-3})}))
     assert longer["dictionary-0"] == usual["dictionary-0"]
     assert longer["dictionary-1"] != usual["dictionary-1"]
     assert longer["probe-1"] == usual["probe-1"]
