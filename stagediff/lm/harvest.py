@@ -197,7 +197,7 @@ def _norms_file(shard: int) -> str:
 class _Writer:
     """Writes shards in order in a thread of its own, of which at most `ahead` may be unfinished when `put` returns.
 
-    A fault there is raised by a later `put`, or at the end.
+    A fault there is raised by this or a later `put`, or at the end.
     """
 
     def __init__(self, writer: "Writer", array: "ArrayWriter", ahead: int):

@@ -10,7 +10,7 @@ __all__ = ["headline_html"]
 
 def headline_html(context: ReportContext, figures: dict[str, Any]) -> str:
     """Two sentences and the key figures."""
-    config = context.config
+    config = context.config.get("stagewise") or context.config  # a run of kind both holds one in it
     data = config.get("data", {})
     hook = config.get("hook", {})
     share = data.get("new_share")
