@@ -495,6 +495,7 @@ def whole(fakes, made) -> list:
     return section(made.context)
 
 
+@pytest.mark.slow
 def test_still_pictures_are_pictures_and_every_link_has_its_file(whole):
     files = {name: body for s in whole for name, body in s.figures.items()}
     linked = set(re.findall(r'href="(track-[^"#]+)"', "".join(s.html for s in whole)))
