@@ -153,7 +153,7 @@
     C.prune();
     for (const make of Object.values(charts)) make();
     if (!R.path(path, i, 300)) path.replaceWith(el("p", { class: "small muted" }, R.source.full.pc1 ? "At this size the page holds paths of outstanding features and of a sample only." : "The run has no trajectories."));
-    if (jump) root.scrollIntoView({ block: "start" });
+    if (jump) root.scrollIntoView({ block: "start", behavior: "instant" });
   }
   R.onOpen(show);
   S.onTheme(() => R.current !== null && R.current !== undefined && show(R.current, false));
