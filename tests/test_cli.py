@@ -1,4 +1,4 @@
-"""The command as its users meet it: output, exit codes, messages."""
+"""The command as its users meet it: output, exit codes, messages. (What it refuses: test_wrong_input.py and store/test_wrong_store.py.)"""
 
 import json
 import subprocess
@@ -6,8 +6,12 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+import wrong
 import yaml
 from tiny import tiny_config
+
+from stagediff import steps
 
 
 def stagediff(*arguments, timeout=120):
@@ -87,3 +91,70 @@ def test_a_mistyped_step_or_runner_is_refused(tmp_path):
     path = written(tiny_config(str(tmp_path / "store")), tmp_path)
     assert "no such step" in stagediff("run", path, "--force", "trian-S").stderr
     assert "not installed" in stagediff("run", path, "--runner", "slurm").stderr
+
+
+def test_help_is_light_and_no_line_of_it_is_cut():
+    code = "import sys; sys.argv = ['stagediff', '--help']\nfrom stagediff.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+    code += "print([m for m in ('torch', 'numpy', 'pandas', 'transformers', 'fsspec', 'prefect') if m in sys.modules], file=sys.stderr)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.stderr.strip() == "[]"
+    own = [line for line in result.stdout.splitlines() if line.split()[:1] and line.split()[0] in OWN_COMMANDS]
+    assert len(own) == len(OWN_COMMANDS)
+    assert not [line for line in own if line.endswith("...")]
+
+
+OWN_COMMANDS = ("run", "demo", "plan", "report", "ls", "show", "feature", "verify", "gc", "export", "import")
+
+
+@pytest.mark.parametrize("command", OWN_COMMANDS)
+def test_every_option_of_a_command_is_explained(command):
+    lines = wrong.stagediff(command, "--help").stdout.splitlines()
+    options = [line for line in lines if line.startswith("  --")]
+    assert options
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        if line.startswith("  --"):
+            assert len(line.split("  ")) > 2 or following.startswith(" " * 8), line
+
+
+def test_a_broken_room_does_not_break_the_other_commands(finished_run, monkeypatch):
+    _, store = finished_run
+    monkeypatch.setattr(steps, "commands", lambda: {"broken": "stagediff.no_such_room:command"})
+    assert wrong.stagediff("ls", store.root).exit_code == 0
+    assert isinstance(wrong.stagediff("broken").exception, ModuleNotFoundError)
+
+
+def test_a_room_s_command_is_called(monkeypatch):
+    monkeypatch.setattr(steps, "commands", lambda: {"hello": "test:hello"})
+    monkeypatch.setattr(steps, "resolve", lambda target: lambda name="you": print(f"hello {name}"))
+    assert wrong.stagediff("hello").stdout == "hello you\n"
+
+
+def test_a_mistyped_kind_key_or_format_is_refused(finished_run, tmp_path):
+    plan, store = finished_run
+    wrong.refused(wrong.stagediff("ls", store.root, "--kind", "dictionary"), "'dictionary' is not a kind.*dictionaries, diffs")
+    wrong.refused(wrong.stagediff("show", "zz", "--store", store.root), "no artifact 'zz'.*stagediff ls")
+    wrong.refused(wrong.stagediff("show", "diffs/", "--store", tmp_path), "no artifact 'diffs/'")
+    wrong.refused(wrong.stagediff("show", "tokens/", "--store", store.root), r"'tokens/' means \d+ artifacts.*more digits")
+    wrong.refused(wrong.stagediff("feature", plan["train-S"].ref, 0, "--store", store.root), "is not one of diffs")
+    wrong.refused(wrong.stagediff("export", plan["train-S"].ref, tmp_path / "x", "--to", "gguf", "--store", store.root), "'gguf'.*saelens")
+    assert not (tmp_path / "x").exists()
+
+
+def test_garbage_is_listed_before_it_goes(finished_run, tmp_path):
+    import shutil
+
+    plan, store = finished_run
+    shutil.copytree(store.root, tmp_path / "copy")
+    (tmp_path / "copy" / plan["diff"].ref / "manifest.json").unlink()
+    for dry in (True, False):
+        result = wrong.stagediff("gc", tmp_path / "copy", "--older-than", 0, "--json", *(["--dry-run"] if dry else []))
+        assert [g["path"] for g in json.loads(result.stdout)] == [plan["diff"].ref]
+        assert (tmp_path / "copy" / plan["diff"].ref).exists() == dry
+
+
+def test_show_says_where_an_artifact_comes_from(finished_run):
+    plan, store = finished_run
+    shown = wrong.stagediff("show", plan["finetune-D"].ref, "--store", store.root).stdout
+    assert "made by step finetune" in shown
+    assert f"- {plan['train-S'].ref}" in shown.split("made from")[1].split("numerics")[0]
+    assert "sae_weights.safetensors" in shown

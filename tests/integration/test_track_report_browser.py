@@ -4,16 +4,15 @@ filtering, links to features and axes work. And the comparison of several runs.
 Chromium is looked for on PATH. STAGEDIFF_INTEGRATION=0 switches these tests off; a missing browser is a failure, not a skip.
 """
 
-import importlib.util
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from track import fake_tables
 
 from stagediff.store import Store
 
@@ -47,25 +46,13 @@ def browser() -> Iterator:
         opened.close()
 
 
-def fakes():
-    if "track_fake_tables" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("track_fake_tables", Path(__file__).parents[1] / "track" / "fake_tables.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["track_fake_tables"] = module
-        spec.loader.exec_module(module)
-    return sys.modules["track_fake_tables"]
-
-
 @pytest.fixture(scope="module", params=SIZES, ids=[f"{f}x{t}" for f, t in SIZES])
 def run(request, tmp_path_factory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("track")
     features, checkpoints = request.param
-    made = fakes().write_track(Store(str(folder / "store")), features, checkpoints)
+    made = fake_tables.write_track(Store(str(folder / "store")), features, checkpoints)
     file = folder / "index.html"
-    with pytest.MonkeyPatch.context() as patch:  # still pictures are tested in tests/track
-        patch.setattr("stagediff.track.section.overview_files", lambda *_: {})
-        patch.setattr("stagediff.track.section.feature_files", lambda *_: {})
-        file.write_text(fakes().page_of(made), encoding="utf-8")
+    file.write_text(fake_tables.page_of(made), encoding="utf-8")
     return SimpleNamespace(features=features, checkpoints=checkpoints, lives=made.lives, file=file, words=made.words)
 
 
@@ -361,8 +348,8 @@ def test_a_comparison_draws_every_run_and_switches_its_axes(browser, tmp_path):
 
     found = []
     for k, name in enumerate(("160m", "410m", "1.4b <b>")):
-        made = fakes().write_track(Store(str(tmp_path / name.split()[0])), 200, 8 + k, seed=k, name=name, slower=0.1 * k)
-        found.append((name, fakes().context_of(made)))
+        made = fake_tables.write_track(Store(str(tmp_path / name.split()[0])), 200, 8 + k, seed=k, name=name, slower=0.1 * k)
+        found.append((name, fake_tables.context_of(made)))
     file = tmp_path / "compare.html"
     file.write_text(compare_page(found)[0], encoding="utf-8")
     page = Opened(browser, file, ready="#boundaries canvas")

@@ -110,13 +110,19 @@ class Runner:
         assert process.returncode == 0, errors.decode()
 
     def kill_often(
-        self, root: str, kills: int, longest: float, seed: int, before_rerun: Callable[[], None] = lambda: None, *, spec: BaseModel
+        self, root: str, kills: int, seed: int, before_rerun: Callable[[], None] = lambda: None, *, most: int, spec: BaseModel
     ) -> int:
-        """Starts it again and again, each time killing it after a random while, then lets it finish. Returns the kills that hit."""
+        """Starts it again and again, each time killing it a random while after it has logged up to `most` lines, then lets it finish.
+
+        Returns the kills that hit. Counting lines, not seconds, keeps the kills in the work however slow the machine is.
+        """
         rng, hits = random.Random(seed), 0
         for _ in range(kills):
+            begun, wanted = self._lines(), rng.randint(0, most)
             process = self.start(root, spec=spec)
-            time.sleep(rng.uniform(0, longest))
+            while process.poll() is None and self._lines() < begun + wanted:
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.05))
             if process.poll() is not None:  # finished before
                 self.finish(process)
                 return hits
@@ -126,6 +132,9 @@ class Runner:
             before_rerun()
         self.finish(self.start(root, spec=spec))
         return hits
+
+    def _lines(self) -> int:
+        return self.log.read_text().count("\n") if self.log.exists() else 0
 
     def computed(self, what: str) -> list[int]:
         """What the processes logged, in order ("shard" or "train")."""

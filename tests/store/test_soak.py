@@ -12,7 +12,7 @@ from toystep import SAVE_EVERY, ToySpec
 @pytest.mark.parametrize("seed", range(5))
 def test_forty_kills_change_no_byte(root, runner, tmp_path, seed):
     spec = ToySpec(seed=seed, rows=3600, pause=0.03)
-    kills = runner.kill_often(root, 40, longest=1.2 if root.startswith("s3") else 0.6, seed=seed, spec=spec)
+    kills = runner.kill_often(root, 40, seed, most=6, spec=spec)
     assert_whole(root, spec, undisturbed(tmp_path, spec))
     computed = runner.computed("shard")
     print(f"{root}: {kills} kills, {len(computed) - len(set(computed))} of {len(set(computed))} shards computed twice")
@@ -44,7 +44,7 @@ def test_two_racing_workers_killed_in_turn_change_no_byte(root, runner, tmp_path
 @pytest.mark.soak
 def test_a_training_killed_fifteen_times_is_bit_identical(root, runner, tmp_path):
     spec = ToySpec(rows=48, train_steps=120, pause=0.05)
-    kills = runner.kill_often(root, 15, longest=4.0, seed=1, spec=spec)
+    kills = runner.kill_often(root, 15, seed=1, most=12, spec=spec)
     assert_whole(root, spec, undisturbed(tmp_path, spec))
     steps = runner.computed("train")
     print(f"{root}: {kills} kills, {len(steps) - len(set(steps))} of {len(set(steps))} training steps computed twice")

@@ -3,10 +3,14 @@
 import importlib.util
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
 
 from stagediff.store import Store
+
+if TYPE_CHECKING:
+    from track import fake_tables
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +29,14 @@ def encoded_chain() -> ModuleType:
 def bare_chain() -> ModuleType:
     """`bare_chain.py`: points of which only decoders and firings exist, and artifacts with given tables or figures."""
     return _beside("bare_chain")
+
+
+@pytest.fixture(scope="session")
+def reported_track(tmp_path_factory) -> "fake_tables.Reported":
+    """A made-up run of 120 features at 7 checkpoints with its report's sections. Read only."""
+    from track import fake_tables
+
+    return fake_tables.report_of(fake_tables.write_track(Store(str(tmp_path_factory.mktemp("track") / "store")), 120, 7))
 
 
 @pytest.fixture

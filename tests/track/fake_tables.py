@@ -10,29 +10,35 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-
-from stagediff.lm.spec import (
-    ActivationData,
-    CorpusSource,
-    HarvestSpec,
-    HookPoint,
-    ModelSource,
-    TokenizerSource,
-    TokenizerSpec,
-    TokensSpec,
+import pytest
+from track.fake_inputs import commit, write_inputs
+from track.fake_lives import (
+    CONCEPT,
+    CONTEXT,
+    DATAPOINTS,
+    DEAD,
+    NASTY,
+    NOISE,
+    ROWS,
+    TOKEN,
+    WORDS,
+    Lives,
+    formed_index,
+    make_lives,
+    steps_like_pythia,
 )
+
+from stagediff.lm.spec import ActivationData, ModelSource
 from stagediff.report.page import build
 from stagediff.report.spec import ReportSpec
-from stagediff.sae.dictionary import SAE, resolved
-from stagediff.sae.layout import CFG, WEIGHTS, to_bytes
-from stagediff.sae.spec import Budget, DictionaryConfig, FinetuneSpec, QualitySpec, StatisticsSpec, TrainSpec
-from stagediff.sections import ReportContext
-from stagediff.spec import Ref, Spec
+from stagediff.sae.spec import QualitySpec
+from stagediff.sections import ReportContext, Section
+from stagediff.spec import Ref
 from stagediff.store import Store
-from stagediff.store.shards import from_bf16
 from stagediff.track.before_after import same_step
 from stagediff.track.section import section
+from stagediff.track.section.overview import summarise
+from stagediff.track.section.run import TrackRun, open_run
 from stagediff.track.spec import (
     KINDS,
     MEASURES,
@@ -49,42 +55,9 @@ from stagediff.track.spec import (
     UmapSpec,
 )
 
-__all__ = ["NASTY", "FakeRun", "Lives", "context_of", "finish", "page_of", "steps_like_pythia", "write_track"]
+__all__ = ["NASTY", "FakeRun", "Reported", "context_of", "finish", "page_of", "report_of", "sections_of", "write_track"]
 
-D, ROWS, CONTEXT, TOP, DATAPOINTS = 8, 192, 32, 20, 25
-NASTY = [
-    "<script>window.hacked=1</script>",
-    "<img src=x onerror=window.hacked=1>",
-    "</script><script>window.hacked=1</script>",
-    "&amp;",
-    "\u202egnp.exe",
-    "日本語",
-    "\n",
-    "'\"`${7*7}",
-]
-WORDS = [
-    *("def", " self", ".path", "(", ")", " return", " None", "os", ".", "join", "    ", " the", " of", " import", " value", "_name", ":"),
-    *(" =", " if", " not", "[0]", ' "', "Error", " class", " in", " for", " raise", " and", " is", " file", " True", "print", " open", ","),
-]
-TOKEN, CONCEPT, NOISE, DEAD = range(4)
 FIGURES = {"drift": {"same_step_difference": -0.002, "same_step_difference_low": -0.003, "same_step_difference_high": -0.001}}
-
-
-@dataclass
-class Lives:
-    """What every feature did. F features, T checkpoints."""
-
-    steps: list[int]
-    kind: np.ndarray
-    """[F, T] codes into KINDS."""
-    token: np.ndarray
-    """[F, T] codes into the vocabulary."""
-    decoder: np.ndarray
-    """[F, T, D] unit vectors."""
-    m: np.ndarray
-    """[F, T] progress in activation space, top set."""
-    density: np.ndarray
-    """[F, T]"""
 
 
 @dataclass
@@ -95,27 +68,55 @@ class FakeRun:
     words: list[str]
 
 
+@dataclass
+class Reported:
+    """A fake run with its context, what the section makes of it, and its tables by (node, table)."""
+
+    fake: FakeRun
+    context: ReportContext
+    run: TrackRun
+    parts: dict[str, Any]
+    sections: list[Section]
+    tables: dict[tuple[str, str], pd.DataFrame]
+
+
 def context_of(run: FakeRun) -> ReportContext:
     """What the section reads."""
     return ReportContext(run.store, run.spec.nodes, run.spec.config, run.spec.examples, run.spec.seed)
 
 
+def sections_of(context: ReportContext, pictures: bool = False) -> list[Section]:
+    """The track's sections; without the still pictures, which take seconds, unless asked for."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not pictures:
+            patch.setattr("stagediff.track.section.overview_files", lambda *_: {})
+            patch.setattr("stagediff.track.section.feature_files", lambda *_: {})
+        return section(context) or []
+
+
 def page_of(run: FakeRun) -> str:
-    """The report with the track's sections alone."""
+    """The report with the track's sections alone, without still pictures."""
     context = context_of(run)
-    return build(run.spec, context, section(context) or [])
+    return build(run.spec, context, sections_of(context))
+
+
+def report_of(run: FakeRun) -> Reported:
+    """The run as the section reads it."""
+    context = context_of(run)
+    opened = open_run(context)
+    assert opened is not None
+    tables = {
+        (node, name.removesuffix(".parquet")): artifact.read_table(name)
+        for node, artifact in opened.artifacts.items()
+        for name in artifact.names()
+        if name.endswith(".parquet")
+    }
+    return Reported(run, context, opened, summarise(opened), sections_of(context), tables)
 
 
 def finish(run: FakeRun) -> None:
     """Commits the run's report (without a page), as a finished run has one."""
-    _commit(run.store, run.spec)
-
-
-def steps_like_pythia(count: int) -> list[int]:
-    """0, 1, 2, 4, …, 512, then evenly spread up to 143,000."""
-    early = [0, *(2**k for k in range(10))][:count]
-    rest = count - len(early)
-    return early + [int(s) for s in np.linspace(1000, 143_000, rest).round(-3)] if rest else early
+    commit(run.store, run.spec)
 
 
 def write_track(
@@ -136,9 +137,9 @@ def write_track(
     rng = np.random.default_rng(seed)
     words = [*WORDS, *NASTY]
     steps = steps_like_pythia(checkpoints)
-    lives = _lives(features, steps, len(words), rng, slower)
+    lives = make_lives(features, steps, len(words), rng, slower)
     nodes: dict[str, Ref] = {}
-    points, reference, tokenizer = _inputs(store, lives, words, rng, nodes, texts, name)
+    points, reference, tokenizer = write_inputs(store, lives, words, rng, nodes, texts, name)
     kinds = KindsSpec(points=points, tokenizer=tokenizer, reference=reference)
     formation = FormationSpec(points=points, kinds=kinds.ref)
     drift = DriftSpec(points=points, formation=formation.ref, null=(points[-2].dictionary, points[-1].dictionary), null_step=steps[-1])
@@ -146,7 +147,7 @@ def write_track(
     phases = PhasesSpec(points=points, kinds=kinds.ref, drift=drift.ref)
     umap = UmapSpec(points=points, formation=formation.ref, kinds=kinds.ref)
     efficiency = _efficiency_spec(store, points, nodes)
-    formed = _formed_index(lives.m)
+    formed = formed_index(lives.m)
     writers = {
         "kinds": (kinds, lambda: _kinds(lives, words)),
         "formation": (formation, lambda: _formation(lives, formed, rng, "kinds" not in leave_out)),
@@ -178,53 +179,12 @@ def write_track(
     return FakeRun(store, ReportSpec(title=name, nodes=nodes, config=config, examples=60, seed=seed), lives, words)
 
 
-# --- lives ------------------------------------------------------------------------------------------------------------------------------
-
-
-def _lives(features: int, steps: list[int], vocab: int, rng: np.random.Generator, slower: float) -> Lives:
-    F, T = features, len(steps)
-    t = np.arange(T) / (T - 1)
-    final = rng.choice(4, size=F, p=[0.42, 0.3, 0.23, 0.05])
-    when = np.select([final == TOKEN, final == CONCEPT], [rng.beta(3, 7, F), rng.beta(8, 6, F)], 2.0) + slower
-    born = np.where(rng.random(F) < 0.25, when * rng.random(F), -1.0)
-    before = np.where((final == CONCEPT) & (rng.random(F) < 0.3), TOKEN, NOISE)
-    kind = np.where(t[None] >= when[:, None], final[:, None], before[:, None])
-    flicker = rng.random((F, T)) < 0.02
-    kind = np.where(flicker & (kind != DEAD), NOISE, kind)
-    kind = np.where((t[None] < born[:, None]) | (final == DEAD)[:, None], DEAD, kind)
-    token = np.repeat(rng.integers(0, vocab, F)[:, None], T, 1)
-    change = rng.random(F) < 0.3
-    token = np.where(change[:, None] & (t[None] < (when * 0.7)[:, None]), rng.integers(0, vocab, F)[:, None], token)
-    sharpness = rng.uniform(8, 25, F)
-    grown = 1 / (1 + np.exp(-sharpness[:, None] * (t[None] - when[:, None])))
-    height = np.select([final == TOKEN, final == CONCEPT], [rng.beta(6, 4, F), rng.beta(4, 5, F)], 0.03)
-    m = height[:, None] * grown + rng.normal(0, 0.012, (F, T))
-    decoder = np.empty((F, T, D), np.float32)
-    end = rng.normal(size=(F, D))
-    end /= np.linalg.norm(end, axis=1, keepdims=True)
-    walk = rng.normal(size=(F, D))
-    for k in range(T):
-        # dead features stay where they are; the others go to their final direction, faster while they form
-        left = np.where(final == DEAD, 0.0, 1.1 * (1 - grown[:, k]) + 0.25 * (1 - t[k]))
-        walk = walk + rng.normal(0, 0.12, (F, D))
-        row = end + left[:, None] * walk / np.linalg.norm(walk, axis=1, keepdims=True)
-        decoder[:, k] = row / np.linalg.norm(row, axis=1, keepdims=True)
-    density = np.where(kind == DEAD, 0.0, 10 ** (rng.normal(-2.7, 0.6, F)[:, None] + rng.normal(0, 0.08, (F, T))))
-    return Lives(steps, kind.astype(np.uint8), token, decoder, m, np.minimum(density, 1.0))
-
-
-def _formed_index(m: np.ndarray, share: float = 0.5, smallest: float = 0.05) -> np.ndarray:
-    """[F] first checkpoint from which M stays at or above `share` of its final value; T where the final value is too small."""
-    stays = np.logical_and.accumulate((m >= share * m[:, -1:])[:, ::-1], axis=1)[:, ::-1]
-    return np.where(m[:, -1] < smallest, m.shape[1], stays.argmax(1))
+# --- tables -----------------------------------------------------------------------------------------------------------------------------
 
 
 def _long(lives: Lives) -> dict[str, np.ndarray]:
     F, T = lives.kind.shape
     return {"feature": np.repeat(np.arange(F, dtype=np.int32), T), "step": np.tile(np.array(lives.steps, np.int64), F)}
-
-
-# --- tables -----------------------------------------------------------------------------------------------------------------------------
 
 
 def _names(codes: np.ndarray, names: Any) -> pd.Series:
@@ -481,7 +441,7 @@ def _efficiency_spec(store: Store, points: tuple[Point, ...], nodes: dict[str, R
             quality = QualitySpec(
                 dictionary=point.dictionary, model=ModelSource(digest=how), data=ActivationData(base=point.probe, rows=ROWS), rows=16
             )
-            nodes[f"quality-{how}-{point.step}"] = _commit(store, quality)
+            nodes[f"quality-{how}-{point.step}"] = commit(store, quality)
             tokens = 4_000_000 if how == "scratch_full" or k == 0 else 200_000
             rows.append(
                 EfficiencyRow(
@@ -509,97 +469,3 @@ def _efficiency(spec: EfficiencySpec, rng: np.random.Generator) -> dict[str, pd.
         compared.append((r.step, r.how, mine.explained_variance, r.explained_variance, *gaps))
     columns = ["step", "how", "ev_chained", "ev_other", "ev_gap", "loss_recovered_gap"]
     return {"quality": quality, "compared": pd.DataFrame(compared, columns=columns)}
-
-
-# --- what the analysis steps read -------------------------------------------------------------------------------------------------------
-
-
-def _commit(store: Store, spec: Spec, figures: dict[str, Any] | None = None) -> Ref:
-    with store.write(spec) as writer:
-        if not store.artifact(spec.ref).is_complete:
-            writer.commit(figures=figures or {}, numerics={})
-    return spec.ref
-
-
-def _inputs(
-    store: Store, lives: Lives, words: list[str], rng: np.random.Generator, nodes: dict[str, Ref], texts: bool, name: str
-) -> tuple[tuple[Point, ...], Ref, TokenizerSource]:
-    """Tokenizer, token rows, probe activations, dictionaries and statistics of every checkpoint; the last ones are whole, the others manifests."""
-    F, T = lives.kind.shape
-    corpus = CorpusSource(builtin="stdlib", digest=name)
-    tokenizer = TokenizerSpec(corpus=corpus, vocab=300)
-    _write_tokenizer(store, tokenizer, words)
-    source = TokenizerSource(artifact=tokenizer.ref) if texts else TokenizerSource(digest="unknown")
-    tokens = TokensSpec(corpus=corpus, tokenizer=source, context=CONTEXT, rows=ROWS)
-    with store.write(tokens) as writer:
-        array = writer.array("rows", shape=(ROWS, CONTEXT), dtype="int32", chunk_rows=ROWS, shard_rows=ROWS)
-        for i in array.pending():
-            array.write_shard(i, rng.integers(0, len(words), (ROWS, CONTEXT)).astype(np.int32))
-        writer.commit(figures={}, numerics={})
-    nodes |= {"tokenizer": tokenizer.ref, "tokens": tokens.ref}
-    points, before = [], None
-    for k, step in enumerate(lives.steps):
-        probe = HarvestSpec(
-            model=ModelSource(digest=f"step{step}"), tokens=tokens.ref, rows=ROWS, hook=HookPoint(layer=4), shard_rows=ROWS, batch_rows=1
-        )
-        data = ActivationData(base=probe.ref, rows=ROWS)
-        if before is None:
-            dictionary: Any = TrainSpec(data=data, budget=Budget(tokens=4_000_000), dictionary=DictionaryConfig(features=F))
-        else:
-            dictionary = FinetuneSpec(start=before, data=data, budget=Budget(tokens=200_000))
-        statistics = StatisticsSpec(dictionary=dictionary.ref, data=data, top=TOP)
-        if k == T - 1:
-            _write_probe(store, probe, rng)
-            _write_dictionary(store, dictionary, lives.decoder[:, -1], rng)
-            _write_statistics(store, statistics, lives, rng)
-        else:
-            for spec in (probe, dictionary, statistics):
-                _commit(store, spec)
-        nodes |= {f"probe-{step}": probe.ref, f"dictionary-{step}": dictionary.ref, f"statistics-{step}": statistics.ref}
-        points.append(Point(step=step, dictionary=dictionary.ref, statistics=statistics.ref, probe=probe.ref))
-        before = dictionary.ref
-    return tuple(points), points[-1].probe, source
-
-
-def _write_tokenizer(store: Store, spec: TokenizerSpec, words: list[str]) -> None:
-    from tokenizers import Tokenizer, models
-
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=words[0]))
-    with store.write(spec) as writer:
-        writer.write_bytes("tokenizer.json", tokenizer.to_str().encode())
-        writer.write_json("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False})
-        writer.commit(figures={}, numerics={})
-
-
-def _write_probe(store: Store, spec: HarvestSpec, rng: np.random.Generator) -> None:
-    x = torch.from_numpy(rng.normal(size=(ROWS * (CONTEXT - 1), D)).astype(np.float32))
-    with store.write(spec) as writer:
-        n = len(x)
-        array = writer.array("data", shape=(n, D), dtype="uint16", chunk_rows=n, shard_rows=n, attributes={"encoding": "bfloat16"})
-        for i in array.pending():
-            array.write_shard(i, from_bf16(x.to(torch.bfloat16)))
-        writer.commit(figures={}, numerics={})
-
-
-def _write_dictionary(store: Store, spec: Spec, decoder: np.ndarray, rng: np.random.Generator) -> None:
-    F = len(decoder)
-    W = torch.from_numpy(decoder.astype(np.float32))
-    config = resolved(DictionaryConfig(features=F), D)
-    sae = SAE(W.T.contiguous(), torch.full((F,), -1.5), W, torch.zeros(D), config)
-    with store.write(spec) as writer:
-        cfg, weights = to_bytes(sae)
-        writer.write_bytes(CFG, cfg)
-        writer.write_bytes(WEIGHTS, weights)
-        writer.commit(figures={}, numerics={})
-
-
-def _write_statistics(store: Store, spec: StatisticsSpec, lives: Lives, rng: np.random.Generator) -> None:
-    alive = np.flatnonzero(lives.kind[:, -1] != DEAD)
-    n = len(alive) * TOP
-    examples = pd.DataFrame({"feature": np.repeat(alive, TOP), "rank": np.tile(np.arange(TOP), len(alive))})
-    examples["activation"] = (4.0 - 0.1 * examples["rank"]).astype(np.float32)
-    examples["row"], examples["position"] = rng.integers(0, ROWS, n), rng.integers(1, CONTEXT, n).astype(np.int16)
-    examples["is_new"] = False
-    with store.write(spec) as writer:
-        writer.write_table("examples.parquet", examples)
-        writer.commit(figures={"explained_variance": 0.85, "l0": 9.3, "dead_share": 0.05}, numerics={})

@@ -1,15 +1,13 @@
 """`stagediff compare`: which runs are meant, how far they agree, and the page."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import typer
 from scipy.stats import ks_2samp
+from track import fake_tables
 from typer.testing import CliRunner
 
 from stagediff.errors import UserError
@@ -21,26 +19,16 @@ F, T = 150, 8
 
 
 @pytest.fixture(scope="module")
-def fakes() -> ModuleType:
-    if "track_fake_tables" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("track_fake_tables", Path(__file__).with_name("fake_tables.py"))
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["track_fake_tables"] = module
-        spec.loader.exec_module(module)
-    return sys.modules["track_fake_tables"]
-
-
-@pytest.fixture(scope="module")
-def three(fakes, tmp_path_factory) -> list:
+def three(tmp_path_factory) -> list:
     """Finished runs: two alike, and one in which everything happens later, with other checkpoints; the first two in one store."""
     folder = tmp_path_factory.mktemp("compare")
     runs = [
-        fakes.write_track(Store(str(folder / "a")), F, T, seed=1, name="small"),
-        fakes.write_track(Store(str(folder / "a")), F, T, seed=2, name="middle"),
-        fakes.write_track(Store(str(folder / "b")), F + 30, T + 2, seed=3, name="small", slower=0.25),
+        fake_tables.write_track(Store(str(folder / "a")), F, T, seed=1, name="small"),
+        fake_tables.write_track(Store(str(folder / "a")), F, T, seed=2, name="middle"),
+        fake_tables.write_track(Store(str(folder / "b")), F + 30, T + 2, seed=3, name="small", slower=0.25),
     ]
     for run in runs:
-        fakes.finish(run)
+        fake_tables.finish(run)
     return runs
 
 
@@ -66,10 +54,10 @@ def test_a_store_gives_all_its_tracked_runs_and_equal_names_are_told_apart(three
     assert len({name for name, _ in same}) == 4
 
 
-def test_of_two_reports_with_one_title_the_newest_counts(three, fakes, tmp_path):
+def test_of_two_reports_with_one_title_the_newest_counts(three, tmp_path):
     store = Store(str(tmp_path))
     for seed in (1, 2):
-        fakes.finish(fakes.write_track(store, 60, 5, seed=seed, name="grown"))
+        fake_tables.finish(fake_tables.write_track(store, 60, 5, seed=seed, name="grown"))
     newest = max(store.refs("reports"), key=lambda ref: store.artifact(ref).manifest.created)
     found = open_sources([str(tmp_path), store_of(three[2])])
     assert [name for name, _ in found] == ["grown", "small"]

@@ -4,27 +4,24 @@ What it does in a browser is tested in tests/integration.
 """
 
 import base64
-import importlib.util
 import io
 import json
 import re
-import sys
 import xml.etree.ElementTree as ET
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from track import fake_tables
+from track.fake_lives import NASTY
 
 from stagediff.sections import ReportContext
 from stagediff.store import Store
 from stagediff.track.section import choice as choices
 from stagediff.track.section import section, words
 from stagediff.track.section.choice import choose, drifts, occurred
-from stagediff.track.section.overview import summarise
-from stagediff.track.section.run import NODES, NONE, open_run
+from stagediff.track.section.run import NODES, NONE
 from stagediff.track.section.series import NEVER, pack_angles, pack_bytes, pack_decades, pack_features
 from stagediff.track.section.windows import Windows
 from stagediff.track.spec import KINDS, MEASURES, PATTERNS
@@ -32,39 +29,9 @@ from stagediff.track.spec import KINDS, MEASURES, PATTERNS
 F, T = 120, 7
 
 
-def load_fakes() -> ModuleType:
-    if "track_fake_tables" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("track_fake_tables", Path(__file__).with_name("fake_tables.py"))
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["track_fake_tables"] = module
-        spec.loader.exec_module(module)
-    return sys.modules["track_fake_tables"]
-
-
 @pytest.fixture(scope="module")
-def fakes() -> ModuleType:
-    return load_fakes()
-
-
-@pytest.fixture(scope="module")
-def made(fakes, tmp_path_factory) -> SimpleNamespace:
-    """A run, its context, its tables, and its sections without still pictures."""
-    run = fakes.write_track(Store(str(tmp_path_factory.mktemp("track") / "store")), F, T)
-    context = fakes.context_of(run)
-    opened = open_run(context)
-    sections = without_pictures(context)
-    tables = {
-        (node, name.removesuffix(".parquet")): opened.artifacts[node].read_table(name) for node in NODES for name in opened.artifacts[node].names()
-        if name.endswith(".parquet")
-    }  # fmt: skip
-    return SimpleNamespace(fake=run, context=context, run=opened, parts=summarise(opened), sections=sections, tables=tables)
-
-
-def without_pictures(context: ReportContext) -> list:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stagediff.track.section.overview_files", lambda *_: {})
-        patch.setattr("stagediff.track.section.feature_files", lambda *_: {})
-        return section(context)
+def made(reported_track) -> fake_tables.Reported:
+    return reported_track
 
 
 def unpack(packed: dict) -> np.ndarray:
@@ -307,105 +274,6 @@ def test_histograms_keep_every_count(made):
             assert (got["counts"][k] or []) == pytest.approx((part["count"] / repeats).tolist(), rel=1e-4)
 
 
-# --- words
-
-
-def test_the_words_say_what_the_tables_say(made):
-    html = words.headline_html(made.run, made.parts)
-    last = made.run.kind[:, -1]
-    known = int((last < 3).sum())
-    assert f"At the end {known} features are alive with a kind: {100 * (last == 0).sum() / known:.3g} % token-level" in html
-    formed = made.parts["formed"]
-    assert f"{formed['token']['ever']} of {formed['token']['features']} token-level features have formed" in html
-    table = made.tables["patterns", "patterns"]
-    assert f"{table[table.pattern == 'token_to_concept'].feature.nunique()} went from token to concept" in html
-    assert f"and {made.tables['patterns', 'merges'].feature.nunique()} merged with another" in html
-
-
-@pytest.mark.parametrize(
-    ("token", "concept", "said"),
-    [(1, 4, "token-level features form first"), (4, 1, "concept-level features form first"), (2, 2, "both form at the same checkpoint")],
-)
-def test_who_forms_first_follows_from_the_medians(made, token, concept, said):
-    parts = {"formed": {n: {"ever": 5, "features": 9, "median": m, "formed": []} for n, m in (("token", token), ("concept", concept))}}
-    assert said in words.headline_html(made.run, parts)
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "null", "said"),
-    [
-        ([0.02, 0.018, 0.022], [0.004, 0.003, 0.005], [0.01, 0.009, 0.011], ("turn less", "less than training alone")),
-        ([0.01, 0.009, 0.012], [0.03, 0.02, 0.04], [0.01, 0.009, 0.011], ("turn more", "more than training alone")),
-        ([0.01, 0.008, 0.012], [0.011, 0.009, 0.013], [0.011, 0.01, 0.012], ("keep turning as much", "as much as training alone")),
-        ([0.02, 0.018, 0.022], [0.004, 0.003, 0.005], [None] * 3, ("turn less", "no null to compare with")),
-    ],
-)
-def test_drift_is_told_beside_the_null(made, before, after, null, said):
-    html = words.headline_html(made.run, {"turns": {"all": {"before": before, "after": after, "null": null, "features": 9}}})
-    assert all(s in html for s in said)
-
-
-def test_boundaries_that_all_axes_share_are_counted(made):
-    def boundary(at, low, high):
-        return {"at": at, "low": low, "high": high}
-
-    same = {"index": [boundary(1, 1, 2), boundary(4, 3, 5)], "step": [boundary(2, 1, 3), boundary(6, 6, 6)]}
-    said = words.phase_words(made.run, {"phases": {"boundaries": same, "series": {}}})
-    assert "1 of the 2 boundaries lies at the same checkpoint, or within each other's intervals" in said
-    apart = {"index": [boundary(1, 1, 1)], "step": [boundary(4, 4, 4)]}
-    assert "None of the 1 boundaries lie" in words.phase_words(made.run, {"phases": {"boundaries": apart, "series": {}}})
-
-
-@pytest.mark.parametrize(
-    ("gaps", "said"),
-    [
-        ((0.01, 0.0), "at least as much as"),
-        ((0.01, -0.03), "up to 0.030 less than"),
-        ((-0.02, -0.05), "between 0.020 and 0.050 less than"),
-    ],
-)
-def test_whether_the_following_budget_is_enough_is_told_by_the_gaps(made, gaps, said):
-    compared = [{"step": s, "how": "scratch_full", "ev_gap": g} for s, g in enumerate(gaps)]
-    text = words.efficiency_words(made.run, {"quality": made.parts["efficiency"]["quality"], "compared": compared})
-    assert f"the chain explains {said} a dictionary trained from scratch with the first budget" in text
-    assert "200,000 training tokens, 5 % of the first one's 4,000,000" in text
-
-
-@pytest.mark.parametrize(
-    ("gains", "said"),
-    [
-        ({"index": (0.7, 0.4, 0.5), "step": (0.6, 0.4, 0.5)}, "On every axis the phases explain more"),
-        ({"index": (0.7, 0.4, 0.5), "step": (0.45, 0.4, 0.5)}, "On the axis of the checkpoints the phases explain more"),
-        ({"index": (0.3, 0.4, 0.2), "step": (0.45, 0.4, 0.5)}, "the cut is no evidence of phases"),
-        ({"index": (0.3, 0.4, None)}, "the cut is no evidence of phases"),
-    ],
-)
-def test_phases_are_claimed_only_above_chance_and_trend(made, gains, said):
-    named = {axis: dict(zip(("gain", "gain_shuffled", "gain_trend"), values, strict=True)) for axis, values in gains.items()}
-    parts = {"phases": {"boundaries": {"index": [{"at": 2, "low": 1, "high": 3}]}, "gains": named, "series": {}, "reason": None}}
-    assert said in words.phase_words(made.run, parts)
-    assert words.gains_html(parts).count("<tr>") == 1 + len(gains)
-
-
-def test_a_chain_too_short_for_phases_says_so(made):
-    parts = {"phases": {"boundaries": {}, "gains": {}, "series": {}, "reason": "4 checkpoints are too few for 3 phases"}}
-    assert "No phases were found: 4 checkpoints are too few" in words.phase_words(made.run, parts)
-    assert words.gains_html(parts) == ""
-
-
-@pytest.mark.parametrize(
-    ("mean", "said"),
-    [
-        ([-0.002, -0.003, -0.001], "that have formed turn less than those that form later (difference −0.0020"),
-        ([0.002, 0.001, 0.003], "turn more than"),
-        ([0.001, -0.001, 0.003], "turn as much as"),
-    ],
-)
-def test_formed_and_not_yet_formed_features_are_compared_at_the_same_checkpoint(made, mean, said):
-    turns = {"all": {"before": [0.02, 0.018, 0.022], "after": [0.004, 0.003, 0.005], "null": [0.01, 0.009, 0.011], "features": 9}}
-    assert said in words.headline_html(made.run, {"turns": turns, "same_step": {"mean": mean}})
-
-
 # --- the page as a file
 
 
@@ -430,7 +298,7 @@ FIGURES_OF = {
 )
 def test_figures_of_steps_that_the_run_lacks_are_left_out(made, left_out):
     nodes = {name: ref for name, ref in made.context.nodes.items() if name not in left_out}
-    html = "".join(s.html for s in without_pictures(ReportContext(made.context.store, nodes, made.context.config, 20, 0)))
+    html = "".join(s.html for s in fake_tables.sections_of(ReportContext(made.context.store, nodes, made.context.config, 20, 0)))
     for node, figures in FIGURES_OF.items():
         for figure in figures:
             if node in left_out:
@@ -442,7 +310,7 @@ def test_figures_of_steps_that_the_run_lacks_are_left_out(made, left_out):
 def test_data_is_plain_and_holds_texts_as_they_are(made):
     names = {s.name: s.data for s in made.sections}
     assert json.loads(json.dumps(names, allow_nan=False)) == names
-    assert set(load_fakes().NASTY) <= set(names["track-features"]["words"])
+    assert set(NASTY) <= set(names["track-features"]["words"])
     examples = names["track-features"]["examples"]
     alive = set(np.flatnonzero(made.run.alive.any(1)))
     assert set(unpack(examples["feature"])) == alive
@@ -482,17 +350,17 @@ def test_windows_stop_at_the_rows_ends():
     assert said == [[None, None, "t10", "t11", "t12"], ["t7", "t8", "t9", None, None], ["t13", "t14", "t15", "t16", "t17"]]
 
 
-def test_a_run_without_readable_texts_shows_places_instead(fakes, tmp_path):
-    run = fakes.write_track(Store(str(tmp_path)), 40, 4, texts=False)
-    data = {s.name: s.data for s in without_pictures(fakes.context_of(run))}["track-features"]
+def test_a_run_without_readable_texts_shows_places_instead(tmp_path):
+    run = fake_tables.write_track(Store(str(tmp_path)), 40, 4, texts=False)
+    data = {s.name: s.data for s in fake_tables.sections_of(fake_tables.context_of(run))}["track-features"]
     assert unpack(data["examples"]["length"]).sum() == 0
     assert unpack(data["examples"]["count"]).max() == 10
     assert "tokens" not in data["levels"]
 
 
 @pytest.fixture(scope="module")
-def whole(fakes, made) -> list:
-    return section(made.context)
+def whole(made) -> list:
+    return fake_tables.sections_of(made.context, pictures=True)
 
 
 @pytest.mark.slow
@@ -512,11 +380,11 @@ def test_still_pictures_are_pictures_and_every_link_has_its_file(whole):
 
 
 def test_the_same_run_gives_the_same_bytes(made):
-    again = without_pictures(made.context)
+    again = fake_tables.sections_of(made.context)
     assert [(s.name, s.html, s.data) for s in again] == [(s.name, s.html, s.data) for s in made.sections]
 
 
-def test_the_page_is_inert_and_whole(made, fakes):
+def test_the_page_is_inert_and_whole(made):
     from stagediff.report.page import build
 
     html = build(made.fake.spec, made.context, made.sections)

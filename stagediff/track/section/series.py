@@ -1,7 +1,7 @@
 """The features' numbers packed for the page: a table of all, curves over the checkpoints, and what only one feature's own view shows.
 
-Curves take two bytes a number in small runs and one in large ones (where the quarter of a megapixel between two steps of a cosine curve is not seen):
-cosines then as angles, in steps of 0.7 degrees, since what matters lies near 1.
+Curves take two bytes a number in small runs and one in large ones, a step of which is about a pixel of a curve; cosines then as angles, since what
+matters lies near 1.
 """
 
 from typing import Any
