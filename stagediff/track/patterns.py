@@ -8,9 +8,9 @@ Index i is the same feature at all checkpoints, because each dictionary is carri
     noise       grouping            grouping          maintaining  vanishing
     dead        appearing           appearing         appearing    null
 
-(1) the same token; else token_to_token. (2) where its decoder turned little (PatternRule.concept_cosine); else null: the rule for kinds says that a concept's
-examples are alike, not which concept they are of. A feature that is alive without a kind (too few examples) appears and vanishes like any other; its other
-patterns are null. Which features merged: `merges`.
+Noise too faint to be a feature counts as dead here (`faint`). (1) the same token; else token_to_token. (2) where its decoder turned little
+(PatternRule.concept_cosine); else null: the rule for kinds says that a concept's examples are alike, not which concept they are of. A feature that is alive
+without a kind (too few examples) appears and vanishes like any other; its other patterns are null. Which features merged: `merges`.
 """
 
 import time
@@ -26,6 +26,7 @@ from torch.nn import functional
 from stagediff.errors import UserError
 from stagediff.track.columns import named
 from stagediff.track.decoders import ChainDecoders
+from stagediff.track.faint import faint, strengths
 from stagediff.track.merges import find_merges, top_positions
 from stagediff.track.spec import KINDS, PATTERNS, KindsSpec, PatternsSpec
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["REASONS", "compute", "pattern_of"]
 
-REASONS = ("dead at both", "no kind at from_step", "no kind at to_step", "no kind at both", "concept turned")
+REASONS = ("dead at both", "no kind at from_step", "no kind at to_step", "no kind at both", "concept turned", "faint or dead at both")
 TOKEN, CONCEPT, NOISE, DEAD = range(len(KINDS))
 UNKNOWN = -1
 
@@ -48,18 +49,22 @@ def compute(spec: PatternsSpec, job: "Job") -> dict[str, Any]:
     kind = pd.Categorical(table.kind, list(KINDS)).codes.reshape(len(spec.points), -1)
     token, names = pd.factorize(table.token)
     token = token.reshape(kind.shape)
+    features = ChainDecoders(job, [p.dictionary for p in spec.points]).features
+    if features != kind.shape[1]:
+        raise UserError(
+            f"The chain's dictionaries have {features:,} features, but the kinds {spec.kinds} are of {kind.shape[1]:,}: they belong to another chain."
+        )
+    relative = strengths(spec, job, kind, examples)
+    is_faint = faint(kind, relative, spec.rule.faint)
+    there = np.where(is_faint, DEAD, kind)
     patterns, merges, cut = [], [], 0
     with job.progress.task("patterns", len(spec.points) - 1, "intervals") as task:
         for t, (earlier, later) in enumerate(pairwise(spec.points)):
             decoders = ChainDecoders(job, (earlier.dictionary, later.dictionary))
-            if decoders.features != kind.shape[1]:
-                raise UserError(
-                    f"The dictionary {later.dictionary} has {decoders.features:,} features, but the kinds {spec.kinds} are of {kind.shape[1]:,}: they "
-                    "belong to another chain."
-                )
-            alive = np.flatnonzero((kind[t] != DEAD) & (kind[t + 1] != DEAD))
+            alive = np.flatnonzero((there[t] != DEAD) & (there[t + 1] != DEAD))
             cosine, before, after = _turned(decoders, alive)
-            pattern, reason = pattern_of(kind[t], kind[t + 1], token[t] == token[t + 1], cosine, spec.rule.concept_cosine)
+            pattern, reason = pattern_of(there[t], there[t + 1], token[t] == token[t + 1], cosine, spec.rule.concept_cosine)
+            reason[(reason == REASONS.index("dead at both")) & (is_faint[t] | is_faint[t + 1])] = REASONS.index("faint or dead at both")
             columns = {
                 "feature": np.arange(len(pattern), dtype=np.int32),
                 "from_step": earlier.step,
@@ -69,6 +74,8 @@ def compute(spec: PatternsSpec, job: "Job") -> dict[str, Any]:
                 "to_kind": named(kind[t + 1], KINDS),
                 "from_token": named(token[t], names),
                 "to_token": named(token[t + 1], names),
+                "from_strength": relative[t],
+                "to_strength": relative[t + 1],
                 "cosine": cosine,
                 "reason": named(reason, REASONS),
             }
@@ -88,7 +95,8 @@ def compute(spec: PatternsSpec, job: "Job") -> dict[str, Any]:
     job.notes["seconds"] = round(time.monotonic() - began, 2)
     total = counts.groupby("pattern")["count"].sum()
     figures = {"features": kind.shape[1], "intervals": len(patterns)} | {name: int(total[name]) for name in PATTERNS}
-    return figures | {"without_pattern": int(table.pattern.isna().sum()), "merged": len(merged), "merge_blocks_cut": cut}
+    figures |= {"without_pattern": int(table.pattern.isna().sum()), "faint": int(is_faint.sum())}
+    return figures | {"merged": len(merged), "merge_blocks_cut": cut}
 
 
 def pattern_of(
@@ -162,6 +170,8 @@ PATTERN_COLUMNS = {
     "to_kind": ("name", "kind at the later one (empty: too few examples)"),
     "from_token": ("token", "with the largest share of the activation mass, earlier"),
     "to_token": ("token", "with the largest share of the activation mass, later"),
+    "from_strength": ("share", "of its largest strength along the chain, earlier (empty: dead)"),
+    "to_strength": ("share", "of its largest strength along the chain, later (empty: dead)"),
     "cosine": ("cosine", "of the two decoder rows (empty: one is zero)"),
     "reason": ("text", "why there is no pattern"),
 }

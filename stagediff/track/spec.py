@@ -38,8 +38,8 @@ KINDS = ("token", "concept", "noise", "dead")
 """token-level, concept-level, noise: among features alive at that checkpoint; dead: fewer than `alive_firings` firings there."""
 PATTERNS = ("maintaining", "token_to_token", "token_to_concept", "concept_to_token", "grouping", "losing", "appearing", "vanishing")
 """One feature from one checkpoint to the next. maintaining: same kind (token: same top token); token_to_token, token_to_concept,
-concept_to_token: shifting; grouping: noise becomes token or concept (P2); losing: token or concept becomes noise; appearing, vanishing: dead to
-alive and back."""
+concept_to_token: shifting; grouping: noise becomes token or concept (P2); losing: token or concept becomes noise; appearing, vanishing: dead (or
+faint noise, PatternRule.faint) to alive and back."""
 MEASURES = ("activation_cosine", "feature_cosine", "feature_jaccard", "feature_weighted_jaccard")
 """Space and similarity of a progress measure M_i(t) (P2, section on feature formation)."""
 SETS = ("top", "levels")
@@ -184,7 +184,12 @@ class DriftSpec(_Analysis):
 
 
 class PatternRule(Value):
-    """When a concept counts as the same one, and when two features count as merged: they were apart and come together (both ours)."""
+    """When noise is too weak to be a feature, when a concept counts as the same one, and when two features count as merged: they were apart and come
+    together (all ours)."""
+
+    faint: float = Field(0.33, ge=0, lt=1)
+    """A noise feature under this share of its own largest strength along the chain is not there, like a dead one: from noise so faint to a meaning is
+    appearing, not grouping, and from a meaning to it vanishing, not losing (see `stagediff.track.faint`). 0: every firing feature is there."""
 
     concept_cosine: float = 0.5
     """concept to concept is maintaining with a decoder cosine between the two checkpoints of at least this. Below it the feature may stand for
@@ -198,8 +203,9 @@ class PatternRule(Value):
 class PatternsSpec(_Analysis):
     """What happened to every feature from one checkpoint to the next, and which features merged.
 
-    patterns.parquet: feature, from_step, to_step, pattern (of PATTERNS; null with reason), from_kind, to_kind, from_token, to_token, cosine (of
-    its decoder rows), reason ("dead at both", "no kind at from_step", "no kind at to_step", "no kind at both", "concept turned").
+    patterns.parquet: feature, from_step, to_step, pattern (of PATTERNS; null with reason), from_kind, to_kind, from_token, to_token, from_strength,
+    to_strength (as a share of its largest along the chain), cosine (of its decoder rows), reason ("dead at both", "faint or dead at both", "no kind at
+    from_step", "no kind at to_step", "no kind at both", "concept turned").
     merges.parquet, one row per feature that merged, with its strongest partner: feature, partner, from_step, to_step, cos_before, cos_after, shared.
     counts.parquet: from_step, to_step, pattern, count, share (of features with a pattern).
     """

@@ -70,7 +70,8 @@ class ProbeChain:
         table = examples.sort_values(["feature", "activation"], ascending=[True, False], ignore_index=True)
         table["rank"] = table.groupby("feature").cumcount().astype("int32")
         with self.store.write(statistics) as w:
-            w.write_table("features.parquet", pd.DataFrame({"feature": np.arange(features), "firings": firings}))
+            norms = decoder.norm(dim=1).numpy()
+            w.write_table("features.parquet", pd.DataFrame({"feature": np.arange(features), "firings": firings, "decoder_norm": norms}))
             w.write_table("examples.parquet", table)
             w.commit(figures={})
         return Point(step=step, dictionary=dictionary.ref, statistics=statistics.ref, probe=probe)

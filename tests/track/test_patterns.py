@@ -202,11 +202,11 @@ F = len(LIVES)
 
 
 def decoder(step):
-    rows = torch.eye(F, 2 * F) * torch.arange(1, F + 1)[:, None]
+    rows, norms = torch.eye(F, 2 * F), torch.arange(1, F + 1)[:, None]
     if step >= 4:
         rows[2] = torch.eye(2 * F)[F]
-        rows[[7, 8, 9, 10]] = torch.eye(2 * F)[F + 1] + 0.05 * rows[[7, 8, 9, 10]]
-    return rows
+        rows[[7, 8, 9, 10]] = torch.eye(2 * F)[F + 1] + 0.4 * rows[[7, 8, 9, 10]]
+    return normalize(rows) * norms
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +240,8 @@ def artifact(lives):
 
 def test_every_feature_has_a_pattern_or_a_reason_for_every_interval(artifact):
     table = artifact.read_table("patterns.parquet")
-    columns = ["feature", "from_step", "to_step", "pattern", "from_kind", "to_kind", "from_token", "to_token", "cosine", "reason"]
+    ends = [f"{end}_{what}" for what in ("kind", "token", "strength") for end in ("from", "to")]
+    columns = ["feature", "from_step", "to_step", "pattern", *ends, "cosine", "reason"]
     assert list(table.columns) == columns
     assert set(table.attrs["columns"]) == set(columns)
     for t, (first, second) in enumerate([(0, 4), (4, 16)]):
@@ -310,5 +311,5 @@ def test_kinds_of_another_number_of_features_are_refused(lives):
     with store.write(kinds) as w:
         w.write_table("kinds.parquet", table[table.feature < 4].reset_index(drop=True))
         w.commit(figures={})
-    with pytest.raises(UserError, match=f"has {F} features, but the kinds .* are of 4"):
+    with pytest.raises(UserError, match=f"have {F} features, but the kinds .* are of 4"):
         steps.run(spec.model_copy(update={"kinds": kinds.ref}), store, device="cpu")
