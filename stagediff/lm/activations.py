@@ -78,6 +78,13 @@ class ActivationReader:
     def n_shards(self) -> int:
         return -(-self.data.rows // self.spec.shard_rows)
 
+    def is_paired_with(self, other: "ActivationReader") -> bool:
+        """Whether the other's shards hold activations of the same token rows and positions as mine, and as wide: row i belongs to row i."""
+        mine, its = (
+            (r.spec.tokens, r.data.rows, r.data.mix, r.data.only, r.spec.shard_rows, r.d, r.positions.tolist()) for r in (self, other)
+        )
+        return mine == its
+
     def shard_tokens(self, i: int) -> int:
         """How many activations shard i holds, without reading it."""
         return len(self._rows(i)) * self.tokens_per_row

@@ -92,8 +92,8 @@ class TrainSpec(_Training):
 class FinetuneSpec(_Training):
     """A copy of `start` trained on: same indices, constant l1; same input scale and a fresh optimiser unless said otherwise.
 
-    The defaults are those of a stage-wise diff. `rescale`, `optimiser`, `anchor` and `revive` are for following a training run's checkpoints
-    (method.md, section 3).
+    The defaults are those of a stage-wise diff. `rescale`, `optimiser`, `anchor`, `revive` and `paired` are for following a training run's
+    checkpoints (method.md, section 3).
     """
 
     step = "finetune"
@@ -111,8 +111,20 @@ class FinetuneSpec(_Training):
     revive: Literal["none", "resample"] = "none"
     """resample: features that are dead at the start get new weights before step 0 (see `stagediff.sae.revive`), listed in revived.parquet;
     such an index is a new feature from there on."""
+    paired: ActivationData | None = None
+    """The activations of the start's own checkpoint on the rows of `data`. Given, the start is carried over before step 0 (and before
+    `revive`) by the linear maps between the two, see `stagediff.sae.transport`; every feature keeps its index. None: the start as it is."""
     revive_tokens: PositiveInt = 131_072
     """Tokens of the training order (at most one epoch) in which a feature that never fires counts as dead, and whose inputs are drawn."""
+
+    @model_validator(mode="after")
+    def _moments_in_one_basis(self) -> Self:
+        if self.paired is not None and self.optimiser == "carried":
+            raise ValueError(
+                "a start that is transported (paired) cannot carry its optimiser: Adam's second moments belong to the coordinates before; "
+                "use a fresh optimiser"
+            )
+        return self
 
 
 class ImportSpec(Spec):

@@ -2,8 +2,8 @@
 
 Recipe: Anthropic's April 2024 update (method.md, section 1) for relu; the others as their papers. A finetune starts from a copy of another
 dictionary, with its indices, input scale and sparsity weight, and a fresh optimiser; where its spec asks for it, with a scale measured anew,
-the other's optimiser state, or new weights for dead features. A killed run that is continued gives the same bytes as an undisturbed one:
-everything a step depends on is in the checkpoint or is a function of spec, store and step number.
+carried over from another checkpoint, with the other's optimiser state, or with new weights for dead features. A killed run that is continued
+gives the same bytes as an undisturbed one: everything a step depends on is in the checkpoint or is a function of spec, store and step number.
 """
 
 import time
@@ -21,12 +21,13 @@ from stagediff.lm.activations import ActivationReader
 from stagediff.sae.batches import Activations, Order, batches, shard_sizes
 from stagediff.sae.dictionary import SAE
 from stagediff.sae.gradients import Gradient
-from stagediff.sae.initial import fresh, measure
+from stagediff.sae.initial import MEASURED_TOKENS, fresh, measure
 from stagediff.sae.layout import CFG, OPTIMISER, WEIGHTS, optimiser_state, to_bytes
 from stagediff.sae.metrics import evaluate, explained_variance
 from stagediff.sae.revive import REVIVED, REVIVED_COLUMNS, resample
 from stagediff.sae.spec import FinetuneSpec, TrainSpec
 from stagediff.sae.trainer import Trainer
+from stagediff.sae.transport import fit, moments, transport
 from stagediff.steps import Job
 
 __all__ = ["CURVE", "CURVE_COLUMNS", "CURVE_ROWS", "EVALUATED_TOKENS", "compute"]
@@ -54,9 +55,10 @@ def compute(spec: TrainSpec | FinetuneSpec, job: Job) -> dict[str, Any]:
     """Fills a `dictionaries` artifact: cfg.json, sae_weights.safetensors, curve.parquet; where asked for, optimiser.safetensors, revived.parquet.
 
     Figures: tokens, loss (last row of the curve; an anchor's penalty is no part of it), input_scale, revived (features resampled before step
-    0), ev, l0, dead (share that never fired), over the first EVALUATED_TOKENS tokens of the training order, and decoder_norm_mean / _min /
-    _max in scaled units. Raises UserError when the budget is under one batch, when start and data do not fit, when the start lacks what the
-    spec takes from it, and when data or loss are not finite.
+    0), where the start was transported the shares of variance that its maps explain (transport_forward, transport_backward), ev, l0, dead
+    (share that never fired), over the first EVALUATED_TOKENS tokens of the training order, and decoder_norm_mean / _min / _max in scaled
+    units. Raises UserError when the budget is under one batch, when start and data do not fit, when the start lacks what the spec takes from
+    it, when the paired activations are not of the same rows, and when data or loss are not finite.
     """
     data = ActivationReader(job.store, spec.data)
     budget = spec.budget
@@ -66,8 +68,8 @@ def compute(spec: TrainSpec | FinetuneSpec, job: Job) -> dict[str, Any]:
             f"The training budget is {budget.tokens:,} tokens, less than one batch of {budget.batch:,}. Give more tokens, or a smaller batch."
         )
     order = Order(spec.order_seed, shard_sizes(data))
-    trainer, rows, revived = _begin(spec, job, data, order, steps)
-    _train(spec, job, trainer, data, order, rows, revived)
+    trainer, rows, begun = _begin(spec, job, data, order, steps)
+    _train(spec, job, trainer, data, order, rows, begun)
     sae = trainer.dictionary()
     figures = _figures(sae, data, order, spec, job.device)
     cfg, weights = to_bytes(sae, {"hook_name": f"blocks.{data.hook.layer}.hook_{data.hook.site}", "context_size": data.context})
@@ -78,25 +80,31 @@ def compute(spec: TrainSpec | FinetuneSpec, job: Job) -> dict[str, Any]:
         job.writer.write_file(OPTIMISER, file)
     job.writer.write_bytes(WEIGHTS, weights)
     job.writer.write_bytes(CFG, cfg)
-    return {"tokens": steps * budget.batch, "loss": rows[-1][2], "input_scale": sae.input_scale, "revived": revived, **figures}
+    return {"tokens": steps * budget.batch, "loss": rows[-1][2], "input_scale": sae.input_scale, **begun, **figures}
 
 
-def _begin(spec: TrainSpec | FinetuneSpec, job: Job, data: Activations, order: Order, steps: int) -> tuple[Trainer, list[list[float]], int]:
-    """The training where it was left, or at step 0: with the curve's rows so far and the number of revived features."""
+def _begin(
+    spec: TrainSpec | FinetuneSpec, job: Job, data: Activations, order: Order, steps: int
+) -> tuple[Trainer, list[list[float]], dict[str, Any]]:
+    """The training where it was left, or at step 0: with the curve's rows so far and the figures of its beginning, `revived` at least."""
     saved = job.writer.training.latest()
     sae = _start(spec, job, data).to(job.device)
     anchor = spec.anchor if isinstance(spec, FinetuneSpec) else 0.0
     arguments = spec.budget, steps, isinstance(spec, TrainSpec), _dtype(spec.compute), anchor
+    begun: dict[str, Any] = {"revived": 0}
     if saved is not None:
         step, tensors, meta = saved
         rows = tensors.pop("curve").tolist()
         trainer = Trainer(sae, *arguments)
         trainer.restore(step, tensors)
-        return trainer, rows, meta.get("revived", 0)
+        return trainer, rows, begun | meta
     if isinstance(spec, TrainSpec):
-        return Trainer(sae, *arguments), [], 0
+        return Trainer(sae, *arguments), [], begun
     carried = optimiser_state(job.artifact(spec.start)) if spec.optimiser == "carried" else None
     revived = torch.zeros(0, dtype=torch.int64)
+    if spec.paired is not None:
+        sae, figures = _transported(spec, job, data, sae)
+        begun |= figures
     if spec.revive == "resample":
         sae, table = _revived(spec, job, data, order, sae)
         job.writer.write_table(REVIVED, table, columns=REVIVED_COLUMNS)
@@ -104,7 +112,7 @@ def _begin(spec: TrainSpec | FinetuneSpec, job: Job, data: Activations, order: O
     trainer = Trainer(sae, *arguments)
     if carried is not None:
         trainer.carry(carried, revived)
-    return trainer, [], len(revived)
+    return trainer, [], begun | {"revived": len(revived)}
 
 
 def _start(spec: TrainSpec | FinetuneSpec, job: Job, data: Activations) -> SAE:
@@ -128,6 +136,34 @@ def _start(spec: TrainSpec | FinetuneSpec, job: Job, data: Activations) -> SAE:
     return replace(sae, input_scale=measure(data)[0])
 
 
+def _transported(spec: FinetuneSpec, job: Job, data: Activations, sae: SAE) -> tuple[SAE, dict[str, Any]]:
+    """The start, which still has the scale it ends up with, in the coordinates of this data; and what the maps explain."""
+    assert spec.paired is not None
+    before, scale = ActivationReader(job.store, spec.paired), SAE.load(job.artifact(spec.start)).input_scale
+    assert isinstance(data, ActivationReader)
+    if not before.is_paired_with(data):
+        raise UserError(
+            f"The activations {spec.paired.base} of the start's own checkpoint and {spec.data.base} are not of the same token rows and "
+            "positions, so no map between the two checkpoints can be fitted. Harvest both on the same rows."
+        )
+    tokens = min(MEASURED_TOKENS, data.n_tokens)
+    with job.progress.task("transport", tokens, "tokens") as task:
+
+        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
+            left = tokens
+            for i in range(data.n_shards):
+                x = data.read_shard(i)[:left].to(job.device)
+                yield before.read_shard(i)[:left].to(job.device), x
+                task.advance(len(x))
+                left -= len(x)
+                if not left:
+                    return
+
+        maps = fit(moments(pairs(), scale, sae.input_scale))
+    figures = {"transport_forward": maps.explained_forward, "transport_backward": maps.explained_backward}
+    return transport(sae, maps, sae.input_scale), figures
+
+
 def _revived(spec: FinetuneSpec, job: Job, data: Activations, order: Order, sae: SAE) -> tuple[SAE, pd.DataFrame]:
     """The start with its dead features resampled, and the table of these."""
     tokens = min(spec.revive_tokens, data.n_tokens)
@@ -145,7 +181,13 @@ def _revived(spec: FinetuneSpec, job: Job, data: Activations, order: Order, sae:
 
 
 def _train(
-    spec: TrainSpec | FinetuneSpec, job: Job, trainer: Trainer, data: Activations, order: Order, rows: list[list[float]], revived: int
+    spec: TrainSpec | FinetuneSpec,
+    job: Job,
+    trainer: Trainer,
+    data: Activations,
+    order: Order,
+    rows: list[list[float]],
+    begun: dict[str, Any],
 ) -> None:
     """Runs the steps that are left; adds to the curve's rows."""
     budget, steps = spec.budget, trainer.steps
@@ -164,7 +206,7 @@ def _train(
             if step % keep == 0 and step < steps:
                 _require_finite(float(outcome.loss), step)
                 curve = torch.tensor(rows, dtype=torch.float64).reshape(-1, len(CURVE_COLUMNS))
-                job.writer.training.save(step, {**trainer.state(), "curve": curve}, {"revived": revived})
+                job.writer.training.save(step, {**trainer.state(), "curve": curve}, begun)
     seconds = time.perf_counter() - begin
     done = (steps - first) * budget.batch
     job.notes.update(tokens_this_run=done, training_seconds=round(seconds, 3), tokens_per_second=round(done / seconds) if done else 0)

@@ -151,8 +151,10 @@ class _Builder:
             while harvested < len(self.walk) and harvested <= i + ahead:
                 self._harvest(self.walk[harvested])
                 harvested += 1
-            data = ActivationData(base=self.harvests[t], rows=self.train_rows if previous is None else self.follow_rows)
-            previous = self._train(f"train-step{t}", data) if previous is None else self._follow(f"follow-step{t}", previous, data)
+            if previous is None:
+                previous = self._train(f"train-step{t}", ActivationData(base=self.harvests[t], rows=self.train_rows))
+            else:
+                previous = self._follow(f"follow-step{t}", previous, t, self.walk[i - 1])
             made[t] = self._measured(f"step{t}", t, previous)
             if t == self.frozen:  # now, while its activations are there
                 self.null = self._null(previous)
@@ -161,16 +163,17 @@ class _Builder:
         return made
 
     def _ahead(self) -> int:
+        """Checkpoints harvested ahead of the one in training. A transport holds the one before it too."""
         if self.config.ahead_gib is None:
             return 1
         held = self.follow_rows * self.inputs.row_tokens * self.d * 2 / 2**30
-        fits = int(self.config.ahead_gib / held)
-        if not fits:
+        fits, needed = int(self.config.ahead_gib / held), 2 if self._transports else 1
+        if fits < needed:
+            takes = f"{'one checkpoint' if needed == 1 else 'two checkpoints (a transport reads both)'} take {needed * held:.3g} GiB"
             raise UserError(
-                f"ahead_gib is {self.config.ahead_gib:g}, but the activations of one checkpoint take {held:.3g} GiB. Give at least that much, "
-                "or lower follow.tokens."
+                f"ahead_gib is {self.config.ahead_gib:g}, but the activations of {takes}. Give at least that much, or lower follow.tokens."
             )
-        return fits - 1
+        return fits - needed
 
     def _harvest(self, t: int) -> None:
         rows = self.train_rows if t == self.walk[0] else self.follow_rows
@@ -192,11 +195,14 @@ class _Builder:
         )
         return self.plan.add(name, spec)
 
-    def _follow(self, name: str, start: Ref, data: ActivationData) -> Ref:
+    def _follow(self, name: str, start: Ref, t: int, before: int) -> Ref:
+        """`start`, which belongs to checkpoint `before`, trained on at checkpoint t."""
         follow = self.config.follow
+        data, paired = (ActivationData(base=self.harvests[step], rows=self.follow_rows) for step in (t, before))
         spec = FinetuneSpec(
             start=start,
             data=data,
+            paired=paired if self._transports else None,
             budget=budget(follow),
             order_seed=self.seed + 1,
             compute=follow.compute,
@@ -214,12 +220,15 @@ class _Builder:
     def _carries(self) -> bool:
         return self.config.follow.optimiser == "carried"
 
+    @property
+    def _transports(self) -> bool:
+        return self.config.follow.transport != "none"
+
     def _null(self, dictionary: Ref) -> tuple[Ref, ...]:
-        """The following recipe repeated over one frozen checkpoint, on the rows and in the order of the chain."""
+        """The following recipe repeated over one frozen checkpoint, on the rows and in the order of the chain. Its transport is the identity."""
         made = [dictionary]
-        data = ActivationData(base=self.harvests[self.frozen], rows=self.follow_rows)
         for repeat in range(self.config.retrain_null.repeats):
-            made.append(self._follow(f"null-{repeat + 1}-step{self.frozen}", made[-1], data))
+            made.append(self._follow(f"null-{repeat + 1}-step{self.frozen}", made[-1], self.frozen, self.frozen))
         return tuple(made)
 
     def _spent(self, t: int) -> int:

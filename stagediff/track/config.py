@@ -75,6 +75,18 @@ class FollowConfig(FinetuneConfig):
     """Pull towards the previous checkpoint's weights."""
     revive: Literal["none", "resample"] = "none"
     """What happens to features that are dead at a new checkpoint; a resampled index is a new feature from there on."""
+    transport: Literal["none", "linear"] = "none"
+    """linear: before it is trained on, the dictionary is carried to the new checkpoint by the linear maps between the two checkpoints'
+    activations of the same rows (`stagediff.sae.transport`); indices stay. The previous checkpoint's activations lie on disk until then."""
+
+    @model_validator(mode="after")
+    def _moments_in_one_basis(self) -> "FollowConfig":
+        if self.transport != "none" and self.optimiser == "carried":
+            raise ValueError(
+                "follow.transport changes the dictionary's coordinates, which a carried optimiser's moments do not follow; "
+                "use optimiser: fresh, or transport: none"
+            )
+        return self
 
 
 class ScratchConfig(Value):

@@ -1,5 +1,6 @@
 """The plan of a tracked run: what a chain shares, what growing it costs, and which inputs are refused."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,48 @@ def test_harvests_stand_as_far_ahead_as_the_disk_allows(tmp_path):
     assert lead(3.5 * held) == 2
     with pytest.raises(UserError, match=r"ahead_gib is 0\.001.*one checkpoint take"):
         lead(0.001)
+
+
+def test_a_transport_pairs_every_checkpoint_with_the_one_before_on_the_walk(tmp_path):
+    """And the null's frozen checkpoint with itself, so that its maps are the identity. A walk without transport names no pair."""
+    for direction, walk in (("forward", [0, 1, 2, 4]), ("backward", [4, 2, 1, 0])):
+        follow = {**config()["follow"], "transport": "linear"}
+        body = config(follow=follow, checkpoints={"steps": [0, 1, 2, 4], "direction": direction}, retrain_null={"at": 2, "repeats": 2})
+        plan = plan_of(body, tmp_path)
+        for before, t in itertools.pairwise(walk):
+            spec = plan[f"follow-step{t}"].spec
+            assert isinstance(spec, FinetuneSpec)
+            assert spec.paired is not None
+            assert (spec.paired.base, spec.paired.rows) == (plan[f"harvest-step{before}"].ref, spec.data.rows)
+            assert spec.data.base == plan[f"harvest-step{t}"].ref
+        for repeat in (1, 2):
+            null = plan[f"null-{repeat}-step2"].spec
+            assert isinstance(null, FinetuneSpec)
+            assert null.paired == null.data
+            assert null.data.base == plan["harvest-step2"].ref
+    plain = plan_of(config(), tmp_path)
+    follows = [n.spec for n in plain if isinstance(n.spec, FinetuneSpec)]
+    assert follows
+    assert all(spec.paired is None for spec in follows)
+
+
+def test_a_transport_counts_the_checkpoint_before_on_the_disk(tmp_path):
+    held = 16_128 * 64 * 2 / 2**30
+    follow = {**config()["follow"], "transport": "linear"}
+
+    def lead(gib: float) -> int:
+        order = [n.name for n in plan_of(config((0, 1, 2, 4, 8, 16), follow=follow, ahead_gib=gib), tmp_path)]
+        return sum(name.startswith("harvest-step") for name in order[: order.index("follow-step2")]) - 3
+
+    assert lead(2.5 * held) == 0
+    assert lead(3.5 * held) == 1
+    with pytest.raises(UserError, match="two checkpoints .a transport reads both. take"):
+        lead(1.5 * held)
+
+
+def test_a_transport_with_a_carried_optimiser_is_refused(tmp_path):
+    with pytest.raises(UserError, match="which a carried optimiser's moments do not follow"):
+        plan_of(config(follow={**config()["follow"], "transport": "linear", "optimiser": "carried"}), tmp_path)
 
 
 def test_probe_rows_are_kept_for_good(tmp_path):
