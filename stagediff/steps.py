@@ -230,9 +230,10 @@ def run(
         return spec.ref
     for ref in spec.refs():
         store.artifact(ref).require()
-    from stagediff.numerics import describe, resolve_device
+    from stagediff.numerics import describe, resolve_device, reuse_freed_memory
 
     device = resolve_device(device)
+    reuse_freed_memory()
     numerics = describe(device)
     before = store.quarantine(spec.ref) if force or artifact.is_complete else None
     progress = progress or Progress()
