@@ -14,6 +14,7 @@ from stagediff.errors import UserError
 from stagediff.store import Store
 from stagediff.track.compare import command, compare_page, open_sources
 from stagediff.track.section.comparison import Compared, agreement, progress_of
+from stagediff.track.spec import PATTERNS
 
 F, T = 150, 8
 
@@ -105,6 +106,8 @@ def test_a_run_agrees_with_itself(three):
     row = rows[0]
     for name in (
         "share_difference",
+        "pattern_difference",
+        "cosine_difference",
         "boundary_difference",
         "formation_token",
         "formation_concept",
@@ -163,6 +166,25 @@ def test_shares_are_compared_over_progress_among_alive_features_with_a_kind():
     assert between(made_up(steps, shares=a), made_up(steps))["share_difference"] is None
 
 
+def test_patterns_are_compared_from_the_second_checkpoint_on():
+    steps = [0, 1, 3, 7]  # progress 0, 1/3, 2/3, 1
+    nothing = {name: [0] * 4 for name in PATTERNS}
+    a = {**nothing, "maintaining": [0, 10, 10, 10]}
+    b = {**nothing, "maintaining": [0, 10, 10, 0], "grouping": [0, 0, 0, 5]}
+    row = between(made_up(steps, counts=a), made_up(steps, counts=b))
+    # two of eight patterns differ by 0 up to progress 2/3, and by up to 1 at the end: a triangle over half of what is compared
+    assert row["pattern_difference"] == pytest.approx(2 / 8 / 2 / 2, abs=1e-3)
+    assert between(made_up(steps, counts=a), made_up(steps))["pattern_difference"] is None
+
+
+def test_drift_is_the_mean_gap_of_median_cosines():
+    steps = [0, 1, 3, 7]
+    parts = [{"cosines": {"all": {"median": m}}} for m in ([0.2, 0.6, 0.8, 1.0], [0.4, 0.6, 0.8, 1.0])]
+    row = between(*(made_up(steps, **p) for p in parts))
+    assert row["cosine_difference"] == pytest.approx(0.2 / 3 / 2, abs=1e-3)
+    assert between(made_up(steps, **parts[0]), made_up(steps))["cosine_difference"] is None
+
+
 def test_boundaries_are_paired_by_axis_and_order():
     def boundary(at):
         return {"at": at, "low": max(at - 1, 0), "high": at + 1, "gain": None}
@@ -208,7 +230,9 @@ def test_the_command_writes_one_page_and_says_how_far_runs_agree(three, tmp_path
     assert "default-src 'none'" in html
     for figure in ("kinds-figures", "boundaries", "formation-figures", "cosines", "quality-l0"):
         assert f'id="{figure}"' in html
-    assert f"{said['agreement'][0]['share_difference']:.3f}" in html
+    for number in ("share_difference", "pattern_difference", "cosine_difference"):
+        assert f"{said['agreement'][0][number]:.3f}" in html
+    assert "Model</th>" in html
 
 
 def test_a_place_that_cannot_be_written_is_said(three, tmp_path, run_command):

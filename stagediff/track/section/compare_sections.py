@@ -55,6 +55,7 @@ def _runs(runs: list[Compared]) -> str:
         rows.append(
             [
                 r.name,
+                _model(config.get("model") or {}),
                 f"layer {hook.get('layer', '?')}, {hook.get('site', '?')}" if hook else "–",
                 r.run.features,
                 len(r.run.steps),
@@ -66,6 +67,7 @@ def _runs(runs: list[Compared]) -> str:
         )
     head = (
         "Run",
+        "Model",
         "Hook point",
         "Features",
         "Checkpoints",
@@ -75,13 +77,22 @@ def _runs(runs: list[Compared]) -> str:
         "Explained variance at the end",
     )
     named = ", ".join(f"<strong>{escape(r.name)}</strong>" for r in runs)
-    return f'<p class="lead">{len(runs)} tracked runs side by side: {named}.</p>' + table(head, rows, text_columns=2)
+    return f'<p class="lead">{len(runs)} tracked runs side by side: {named}.</p>' + table(head, rows, text_columns=3)
+
+
+def _model(config: dict[str, Any]) -> str:
+    """What a run's config says of its model's size."""
+    if organism := config.get("organism"):
+        shape = organism.get("architecture") or {}
+        return f"{shape.get('layers', '?')} layers, width {shape.get('width', '?')}"
+    return str(config.get("name") or "–")
 
 
 def _agreement(rows: list[dict[str, Any]]) -> str:
     lines = [
         ("Shares of kinds: mean difference", [_number(r["share_difference"]) for r in rows]),
         ("Shares of kinds: correlation", [_number(r["share_correlation"]) for r in rows]),
+        ("Shares of patterns: mean difference", [_number(r["pattern_difference"]) for r in rows]),
         ("Boundaries of phases: correlation", [_with_count(r["boundary_correlation"], r["boundaries"]) for r in rows]),
         ("Boundaries of phases: mean difference in progress", [_number(r["boundary_difference"]) for r in rows]),
         ("Boundaries whose intervals overlap", ["–" if (o := r["boundary_overlap"]) is None else f"{100 * o:.0f} %" for r in rows]),
@@ -89,6 +100,7 @@ def _agreement(rows: list[dict[str, Any]]) -> str:
             (f"Formation of {k}-level features: distance (later by)", [_formed(r[f"formation_{k}"], r[f"median_{k}"]) for r in rows])
             for k in ("token", "concept")
         ),
+        ("Median cosine with the final direction: mean difference", [_number(r["cosine_difference"]) for r in rows]),
         ("Explained variance: mean difference, second − first", [_number(r["ev_difference"], True) for r in rows]),
         ("Explained variance at the end: second − first", [_number(r["ev_last"], True) for r in rows]),
     ]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from stagediff.track.section.run import TrackRun
-from stagediff.track.spec import KINDS
+from stagediff.track.spec import KINDS, PATTERNS
 
 __all__ = ["Compared", "agreement", "progress_of", "runs_data"]
 
@@ -57,13 +57,23 @@ def agreement(runs: list[Compared]) -> list[dict[str, Any]]:
     """A row for each two runs; None where one of them lacks the step.
 
     Columns: a, b; share_difference (mean absolute difference of the kinds' shares of alive features with a kind), share_correlation (Pearson over kinds
-    and progress); boundary_correlation (Pearson of log(1 + step) over all axes and boundaries), boundaries (how many), boundary_difference (mean
-    absolute difference in progress), boundary_overlap (share whose intervals overlap in progress); formation_<kind> (Kolmogorov-Smirnov distance of
-    the distributions of formation over progress), median_<kind> (difference of their medians in progress, b - a); ev_difference (mean of b - a over
-    progress), ev_last (b - a at the last checkpoints).
+    and progress); pattern_difference (the same difference of the patterns' shares of the features with a pattern); boundary_correlation (Pearson of
+    log(1 + step) over all axes and boundaries), boundaries (how many), boundary_difference (mean absolute difference in progress), boundary_overlap
+    (share whose intervals overlap in progress); formation_<kind> (Kolmogorov-Smirnov distance of the distributions of formation over progress),
+    median_<kind> (difference of their medians in progress, b - a); cosine_difference (mean absolute difference of the median cosine with the final
+    direction); ev_difference (mean of b - a over progress), ev_last (b - a at the last checkpoints).
     """
     return [
-        {"a": a.name, "b": b.name, **_shares(a, b), **_boundaries(a, b), **_formation(a, b), **_quality(a, b)}
+        {
+            "a": a.name,
+            "b": b.name,
+            **_shares(a, b),
+            **_patterns(a, b),
+            **_boundaries(a, b),
+            **_formation(a, b),
+            **_drift(a, b),
+            **_quality(a, b),
+        }
         for a, b in itertools.combinations(runs, 2)
     ]
 
@@ -84,6 +94,33 @@ def _shares(a: Compared, b: Compared) -> dict[str, Any]:
         "share_difference": float(difference.mean()) if difference.size else None,
         "share_correlation": _correlation(found[0][known], found[1][known]),
     }
+
+
+def _patterns(a: Compared, b: Compared) -> dict[str, Any]:
+    """Patterns are of intervals; a run's curve begins at its second checkpoint, where the first interval ends."""
+    found: list[np.ndarray] = []
+    grid = np.linspace(max(progress_of(r.steps)[1] for r in (a, b)), 1.0, GRID)
+    for r in (a, b):
+        if "counts" not in r.parts:
+            return {"pattern_difference": None}
+        counts = np.array([r.parts["counts"][name][1:] for name in PATTERNS], float)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            shares = counts / counts.sum(0)
+        found.append(np.stack([np.interp(grid, progress_of(r.steps)[1:], row) for row in shares]))
+    difference = np.abs(found[0] - found[1])
+    return {"pattern_difference": float(np.nanmean(difference)) if np.isfinite(difference).any() else None}
+
+
+def _drift(a: Compared, b: Compared) -> dict[str, Any]:
+    found = []
+    grid = _common(a.steps, b.steps)
+    for r in (a, b):
+        values = (r.parts.get("cosines") or {}).get("all")
+        if values is None:
+            return {"cosine_difference": None}
+        found.append(_at(r.steps, np.array([np.nan if v is None else v for v in values["median"]], float), grid))
+    difference = np.abs(found[0] - found[1])
+    return {"cosine_difference": float(np.nanmean(difference)) if np.isfinite(difference).any() else None}
 
 
 def _boundaries(a: Compared, b: Compared) -> dict[str, Any]:
