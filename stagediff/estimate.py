@@ -1,4 +1,8 @@
-"""What a plan will cost: tokens and bytes from the specs; time from earlier runs in the same store, else from this machine's matmul speed."""
+"""What a plan will cost: tokens and bytes from the specs; time from earlier runs in the same store, else from this machine's matmul speed.
+
+Steps that work on tables rather than on matrices say their time themselves, per row and per number, as it was measured on one core (docs/results.md, "What the
+analysis costs").
+"""
 
 import statistics
 import time
@@ -19,11 +23,14 @@ EFFICIENCY = 0.25
 
 @dataclass(frozen=True)
 class Estimate:
-    """Size of one step: tokens read, bytes kept, floating point operations."""
+    """Size of one step: tokens read, bytes kept, floating point operations, and seconds of the work that is none of these."""
 
     tokens: int = 0
     bytes: int = 0
     flops: float = 0.0
+    """On the run's device. Passes over numbers that take as long as so many operations count as these."""
+    seconds: float = 0.0
+    """Beside them: tables, files, resampling on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +64,9 @@ def estimate_plan(plan: Plan, store: Store) -> list[Row]:
         size, seconds, held = sizes[node.ref], None, None
         if states[node.ref] in (State.COMPLETE, State.EVICTED):
             seconds, held = artifact.manifest.seconds, artifact.manifest.size
-        elif size and size.flops:
+        elif size and (size.flops or size.seconds):
             rate = rates.get(node.spec.step) or EFFICIENCY * _matmul_speed()
-            seconds = size.flops / rate
+            seconds = size.flops / rate + size.seconds
         rows.append(
             Row(
                 name=node.name,
@@ -80,11 +87,13 @@ def _size(spec: Any, plan: Plan) -> Estimate | None:
 
 
 def _measured_rates(plan: Plan, store: Store, states: dict[Ref, State], sizes: dict[Ref, Estimate | None]) -> dict[str, float]:
-    """Operations per second of each step, the median over this plan's finished nodes."""
+    """Operations per second of each step, the median over this plan's finished nodes. Steps that say seconds themselves run once or twice in a plan: these stay
+    as they are.
+    """
     seen: dict[str, list[float]] = {}
     for node in plan:
         size = sizes[node.ref]
-        if size and size.flops and states[node.ref] in (State.COMPLETE, State.EVICTED):
+        if size and size.flops and not size.seconds and states[node.ref] in (State.COMPLETE, State.EVICTED):
             seconds = store.artifact(node.ref).manifest.seconds
             if seconds > 0:
                 seen.setdefault(node.spec.step, []).append(size.flops / seconds)

@@ -3,6 +3,14 @@
 from stagediff.diff import spec
 from stagediff.steps import RunKind, Step, register, register_command, register_kind
 
-register(Step("diff", spec.DiffSpec, "stagediff.diff.rotations:compute", section="stagediff.diff.section:section"))
+register(
+    Step(
+        "diff",
+        spec.DiffSpec,
+        "stagediff.diff.rotations:compute",
+        section="stagediff.diff.section:section",
+        estimate="stagediff.diff.estimate:diff",
+    )
+)
 register_kind(RunKind("stagewise", "stagediff.diff.config:StagewiseConfig", "stagediff.diff.stages:plan"))
 register_command("seeds", "stagediff.diff.seeds:command")

@@ -25,7 +25,7 @@ def harvest(spec: HarvestSpec, plan: Plan) -> Estimate:
 def activation_shape(data: ActivationData, plan: Plan) -> tuple[int, int, int]:
     """(activations, width, tokens per row) of what a dictionary reads."""
     spec = spec_of(data.base, plan)
-    d, _ = model_dims(spec.model, plan)
+    d = spec.width or model_dims(spec.model, plan)[0]
     per_row = spec_of(spec.tokens, plan).context - len(spec.skip_positions)
     return data.rows * per_row, d, per_row
 

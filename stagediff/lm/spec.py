@@ -143,6 +143,11 @@ class HarvestSpec(Spec):
     shard_rows: int
     """Token rows per shard; a multiple of batch_rows."""
 
+    @property
+    def width(self) -> int | None:
+        """Numbers per token, where the spec says so itself (activations that no model makes); None: as many as its model has."""
+        return None
+
 
 class ActivationData(Value):
     """What a dictionary reads: activations of the first `rows` base rows, with some rows replaced by new rows' activations."""

@@ -6,20 +6,20 @@ from stagediff.plan import Plan
 from stagediff.sae.spec import FinetuneSpec, QualitySpec, StatisticsSpec, TrainSpec
 from stagediff.spec import Ref
 
-__all__ = ["quality", "statistics", "training"]
+__all__ = ["features_of", "quality", "statistics", "training"]
 
 
 def training(spec: TrainSpec | FinetuneSpec, plan: Plan) -> Estimate:
     _, d, _ = activation_shape(spec.data, plan)
-    features = _features(spec.ref, plan)
+    features = features_of(spec.ref, plan)
     stored = 24 if spec.keep_optimiser else 8  # fp32 encoder and decoder, and two moments of each
     return Estimate(tokens=spec.budget.tokens, bytes=stored * d * features, flops=10.0 * d * features * spec.budget.tokens)
 
 
 def statistics(spec: StatisticsSpec, plan: Plan) -> Estimate:
     n, d, _ = activation_shape(spec.data, plan)
-    features = _features(spec.dictionary, plan)
-    return Estimate(tokens=n, bytes=features * (16 * spec.top + 100), flops=4.0 * d * features * n)
+    features = features_of(spec.dictionary, plan)
+    return Estimate(tokens=n, bytes=features * (8 * spec.top + 60), flops=4.0 * d * features * n)
 
 
 def quality(spec: QualitySpec, plan: Plan) -> Estimate:
@@ -29,7 +29,7 @@ def quality(spec: QualitySpec, plan: Plan) -> Estimate:
     return Estimate(tokens=read, bytes=2**14, flops=3.0 * read * layers * layer_flops(d))
 
 
-def _features(ref: Ref, plan: Plan) -> int:
+def features_of(ref: Ref, plan: Plan) -> int:
     """Width of the dictionary that `ref` names; 0 for an imported one, whose width the plan does not know."""
     spec = spec_of(ref, plan)
     while hasattr(spec, "start"):

@@ -122,6 +122,10 @@ class PlantedHarvestSpec(HarvestSpec):
             raise ValueError(f"planted activations skip no positions, given: {self.skip_positions}")
         return self
 
+    @property
+    def width(self) -> int | None:
+        return self.world.d
+
 
 class Measures(Value):
     """What counts as right."""

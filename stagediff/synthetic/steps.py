@@ -4,7 +4,15 @@ from stagediff.steps import Resources, Step, register, register_command
 from stagediff.synthetic import spec
 
 register(Step("planted-tokenizer", spec.PlantedTokenizerSpec, "stagediff.synthetic.rows:tokenizer"))
-register(Step("planted-tokens", spec.PlantedTokensSpec, "stagediff.synthetic.rows:tokens"))
-register(Step("planted-harvest", spec.PlantedHarvestSpec, "stagediff.synthetic.harvest:compute", Resources(sharded=True)))
-register(Step("planted-track", spec.PlantedTrackSpec, "stagediff.synthetic.judge:compute"))
+register(Step("planted-tokens", spec.PlantedTokensSpec, "stagediff.synthetic.rows:tokens", estimate="stagediff.synthetic.estimate:tokens"))
+register(
+    Step(
+        "planted-harvest",
+        spec.PlantedHarvestSpec,
+        "stagediff.synthetic.harvest:compute",
+        Resources(sharded=True),
+        estimate="stagediff.synthetic.estimate:harvest",
+    )
+)
+register(Step("planted-track", spec.PlantedTrackSpec, "stagediff.synthetic.judge:compute", estimate="stagediff.synthetic.estimate:track"))
 register_command("planted", "stagediff.synthetic.command:command")
