@@ -1,9 +1,10 @@
-"""Resampling: features that are dead where a finetune starts begin anew at inputs which the dictionary reconstructs badly.
+"""Resampling: features that are dead where a finetune starts, or on its way, begin anew at inputs which the dictionary reconstructs badly.
 
-The rule is Bricken et al.'s (Towards Monosemanticity, 2023, "Neuron resampling"), applied once, before step 0. A feature is dead when it fires
-on none of the tokens looked at. For each an input is drawn with probability proportional to the square of its loss, ||x - x_hat||^2 in scaled
-units. The feature's decoder row gets that input's direction and the alive rows' mean norm (or 1 where rows are kept at unit norm), its encoder
-the same direction and 0.2 of the alive columns' mean norm, its bias is 0, its optimiser moments are 0 (`Trainer.carry`).
+The rule is Bricken et al.'s (Towards Monosemanticity, 2023, "Neuron resampling"), applied before the steps that the spec names (`revive_at`;
+before step 0 if it names none). A feature is dead when it fires on none of the tokens looked at, which are the same every time. For each an
+input is drawn with probability proportional to the square of its loss, ||x - x_hat||^2 in scaled units. The feature's decoder row gets that
+input's direction and the alive rows' mean norm (or 1 where rows are kept at unit norm), its encoder the same direction and 0.2 of the alive
+columns' mean norm, its bias is 0, its optimiser moments are 0 (`Trainer.renew`).
 
 Where this departs from the paper: the direction is that of the residual x - x_hat, which is what the dictionary lacks, not of x. No input is
 drawn twice, nor a copy of one (first positions of rows repeat): two features with the same weights would get the same gradients for ever. A
@@ -27,24 +28,26 @@ ENCODER_SHARE = 0.2
 """A new encoder column's norm, as a share of the alive ones' mean (Bricken et al.)."""
 REVIVED = "revived.parquet"
 REVIVED_COLUMNS = {
-    "feature": ("", "index of a feature that was dead at the start: from here on it is another feature than before"),
+    "step": ("steps", "training steps done when it was found dead; 0: at the start"),
+    "feature": ("", "index of a dead feature: from here on it is another feature than before"),
     "token": ("tokens", "position in the training order of the input whose residual it starts from"),
-    "token_loss": ("scaled units squared", "||x - x_hat||^2 of that input under the start dictionary, summed over d"),
+    "token_loss": ("scaled units squared", "||x - x_hat||^2 of that input under the dictionary at that step, summed over d"),
 }
 
 
 @torch.no_grad()
-def resample(sae: SAE, read: Callable[[], Iterable[Tensor]], seed: int) -> tuple[SAE, pd.DataFrame]:
+def resample(sae: SAE, read: Callable[[], Iterable[Tensor]], seed: int, step: int = 0) -> tuple[SAE, pd.DataFrame]:
     """A copy of `sae` with its dead features begun anew, and the table of these, ascending (REVIVED_COLUMNS).
 
     `read` gives the same batches [n, d] (bf16, raw units, on the dictionary's device) whenever it is called: it is read twice. Features are
-    left dead where there are fewer different inputs with a loss than dead features. Memory: a batch's activations and 16 bytes a token.
+    left dead where there are fewer different inputs with a loss than dead features. `step` is where the training stands. Memory: a batch's
+    activations and 16 bytes a token.
     """
     fired, losses, prints = _examine(sae, read())
     dead = (~fired).nonzero()[:, 0].cpu()
-    tokens = drawn(losses, prints, len(dead), seed)
+    tokens = drawn(losses, prints, len(dead), seed + step)
     features = dead[: len(tokens)]
-    table = pd.DataFrame({"feature": features.numpy(), "token": tokens.numpy(), "token_loss": losses[tokens].numpy()})
+    table = pd.DataFrame({"step": step, "feature": features.numpy(), "token": tokens.numpy(), "token_loss": losses[tokens].numpy()})
     return renewed(sae, features, _residuals(sae, read(), tokens), fired), table
 
 

@@ -2,12 +2,12 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from stagediff.lm.spec import ActivationData, ModelSource
 from stagediff.spec import Ref, Spec, Value, Where
 
-__all__ = ["Budget", "DictionaryConfig", "FinetuneSpec", "ImportSpec", "QualitySpec", "StatisticsSpec", "TrainSpec"]
+__all__ = ["Budget", "DictionaryConfig", "FinetuneSpec", "ImportSpec", "QualitySpec", "StatisticsSpec", "TrainSpec", "ascending_shares"]
 
 
 class DictionaryConfig(Value):
@@ -67,6 +67,13 @@ class Budget(Value):
     """Largest gradient norm; 0: no clipping."""
 
 
+def ascending_shares(at: tuple[float, ...]) -> tuple[float, ...]:
+    """Checks `revive_at`."""
+    if not at or list(at) != sorted(set(at)) or not (at[0] >= 0 and at[-1] < 1):
+        raise ValueError(f"revive_at is {list(at)}; expected ascending shares of the steps, each at least 0 and below 1, such as [0, 0.4]")
+    return at
+
+
 class _Training(Spec):
     kind = "dictionaries"
     data: ActivationData
@@ -109,13 +116,21 @@ class FinetuneSpec(_Training):
     """Weight of ||W - W_0||^2, summed over all weights and biases, that draws them to where they are at step 0 (revived features: to their
     new weights). Applied beside Adam, see `stagediff.sae.optimiser.pull`."""
     revive: Literal["none", "resample"] = "none"
-    """resample: features that are dead at the start get new weights before step 0 (see `stagediff.sae.revive`), listed in revived.parquet;
-    such an index is a new feature from there on."""
+    """resample: features that are dead get new weights (see `stagediff.sae.revive`), listed in revived.parquet; such an index is a new feature
+    from there on."""
+    revive_at: tuple[float, ...] = (0.0,)
+    """When: shares of the steps, ascending; 0 is before step 0. Features also die while a dictionary is trained on at a high learning rate;
+    those can only be found on the way."""
     paired: ActivationData | None = None
     """The activations of the start's own checkpoint on the rows of `data`. Given, the start is carried over before step 0 (and before
     `revive`) by the linear maps between the two, see `stagediff.sae.transport`; every feature keeps its index. None: the start as it is."""
     revive_tokens: PositiveInt = 131_072
     """Tokens of the training order (at most one epoch) in which a feature that never fires counts as dead, and whose inputs are drawn."""
+
+    @field_validator("revive_at")
+    @classmethod
+    def _ascending(cls, at: tuple[float, ...]) -> tuple[float, ...]:
+        return ascending_shares(at)
 
     @model_validator(mode="after")
     def _moments_in_one_basis(self) -> Self:

@@ -8,7 +8,7 @@ gives the same bytes as an undisturbed one: everything a step depends on is in t
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -51,14 +51,30 @@ EVALUATED_VALUES = 1 << 25
 """Activations held at once while they are."""
 
 
+@dataclass
+class _Record:
+    """What a training leaves besides weights; it lies in every training checkpoint."""
+
+    curve: list[list[float]]
+    """Rows of CURVE_COLUMNS."""
+    revived: list[list[float]]
+    """Rows of REVIVED_COLUMNS (whole numbers below 2^53 are exact)."""
+    figures: dict[str, Any]
+    """Of the transport at its beginning."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        pairs = (("curve", self.curve, CURVE_COLUMNS), ("revived", self.revived, REVIVED_COLUMNS))
+        return {name: torch.tensor(rows, dtype=torch.float64).reshape(-1, len(columns)) for name, rows, columns in pairs}
+
+
 def compute(spec: TrainSpec | FinetuneSpec, job: Job) -> dict[str, Any]:
     """Fills a `dictionaries` artifact: cfg.json, sae_weights.safetensors, curve.parquet; where asked for, optimiser.safetensors, revived.parquet.
 
-    Figures: tokens, loss (last row of the curve; an anchor's penalty is no part of it), input_scale, revived (features resampled before step
-    0), where the start was transported the shares of variance that its maps explain (transport_forward, transport_backward), ev, l0, dead
-    (share that never fired), over the first EVALUATED_TOKENS tokens of the training order, and decoder_norm_mean / _min / _max in scaled
-    units. Raises UserError when the budget is under one batch, when start and data do not fit, when the start lacks what the spec takes from
-    it, when the paired activations are not of the same rows, and when data or loss are not finite.
+    Figures: tokens, loss (last row of the curve; an anchor's penalty is no part of it), input_scale, revived (dead features resampled; one
+    that died twice is counted twice), where the start was transported the shares of variance that its maps explain (transport_forward,
+    transport_backward), ev, l0, dead (share that never fired), over the first EVALUATED_TOKENS tokens of the training order, and
+    decoder_norm_mean / _min / _max in scaled units. Raises UserError when the budget is under one batch, when start and data do not fit, when
+    the start lacks what the spec takes from it, when the paired activations are not of the same rows, and when data or loss are not finite.
     """
     data = ActivationReader(job.store, spec.data)
     budget = spec.budget
@@ -68,51 +84,46 @@ def compute(spec: TrainSpec | FinetuneSpec, job: Job) -> dict[str, Any]:
             f"The training budget is {budget.tokens:,} tokens, less than one batch of {budget.batch:,}. Give more tokens, or a smaller batch."
         )
     order = Order(spec.order_seed, shard_sizes(data))
-    trainer, rows, begun = _begin(spec, job, data, order, steps)
-    _train(spec, job, trainer, data, order, rows, begun)
+    trainer, record = _begin(spec, job, data, steps)
+    _train(spec, job, trainer, data, order, record)
     sae = trainer.dictionary()
     figures = _figures(sae, data, order, spec, job.device)
     cfg, weights = to_bytes(sae, {"hook_name": f"blocks.{data.hook.layer}.hook_{data.hook.site}", "context_size": data.context})
-    job.writer.write_table(CURVE, _curve(rows), columns=CURVE_COLUMNS)
+    job.writer.write_table(CURVE, _curve(record.curve), columns=CURVE_COLUMNS)
+    if isinstance(spec, FinetuneSpec) and spec.revive == "resample":
+        job.writer.write_table(REVIVED, _revived(record.revived), columns=REVIVED_COLUMNS)
     if spec.keep_optimiser:
         file = job.writer.scratch() / OPTIMISER
         save_file({name: value.contiguous() for name, value in trainer.optimiser_state().items()}, file)
         job.writer.write_file(OPTIMISER, file)
     job.writer.write_bytes(WEIGHTS, weights)
     job.writer.write_bytes(CFG, cfg)
-    return {"tokens": steps * budget.batch, "loss": rows[-1][2], "input_scale": sae.input_scale, **begun, **figures}
+    begun = {"input_scale": sae.input_scale, "revived": len(record.revived), **record.figures}
+    return {"tokens": steps * budget.batch, "loss": record.curve[-1][2], **begun, **figures}
 
 
-def _begin(
-    spec: TrainSpec | FinetuneSpec, job: Job, data: Activations, order: Order, steps: int
-) -> tuple[Trainer, list[list[float]], dict[str, Any]]:
-    """The training where it was left, or at step 0: with the curve's rows so far and the figures of its beginning, `revived` at least."""
+def _begin(spec: TrainSpec | FinetuneSpec, job: Job, data: Activations, steps: int) -> tuple[Trainer, _Record]:
+    """The training where it was left, or at step 0."""
     saved = job.writer.training.latest()
     sae = _start(spec, job, data).to(job.device)
     anchor = spec.anchor if isinstance(spec, FinetuneSpec) else 0.0
     arguments = spec.budget, steps, isinstance(spec, TrainSpec), _dtype(spec.compute), anchor
-    begun: dict[str, Any] = {"revived": 0}
     if saved is not None:
         step, tensors, meta = saved
-        rows = tensors.pop("curve").tolist()
+        record = _Record(tensors.pop("curve").tolist(), tensors.pop("revived", torch.zeros(0)).tolist(), meta)
         trainer = Trainer(sae, *arguments)
         trainer.restore(step, tensors)
-        return trainer, rows, begun | meta
+        return trainer, record
+    record = _Record([], [], {})
     if isinstance(spec, TrainSpec):
-        return Trainer(sae, *arguments), [], begun
+        return Trainer(sae, *arguments), record
     carried = optimiser_state(job.artifact(spec.start)) if spec.optimiser == "carried" else None
-    revived = torch.zeros(0, dtype=torch.int64)
     if spec.paired is not None:
-        sae, figures = _transported(spec, job, data, sae)
-        begun |= figures
-    if spec.revive == "resample":
-        sae, table = _revived(spec, job, data, order, sae)
-        job.writer.write_table(REVIVED, table, columns=REVIVED_COLUMNS)
-        revived = torch.from_numpy(table.feature.to_numpy(copy=True))
+        sae, record.figures = _transported(spec, job, data, sae)
     trainer = Trainer(sae, *arguments)
     if carried is not None:
-        trainer.carry(carried, revived)
-    return trainer, [], begun | {"revived": len(revived)}
+        trainer.carry(carried)
+    return trainer, record
 
 
 def _start(spec: TrainSpec | FinetuneSpec, job: Job, data: Activations) -> SAE:
@@ -164,8 +175,9 @@ def _transported(spec: FinetuneSpec, job: Job, data: Activations, sae: SAE) -> t
     return transport(sae, maps, sae.input_scale), figures
 
 
-def _revived(spec: FinetuneSpec, job: Job, data: Activations, order: Order, sae: SAE) -> tuple[SAE, pd.DataFrame]:
-    """The start with its dead features resampled, and the table of these."""
+def _revive(spec: FinetuneSpec, job: Job, data: Activations, order: Order, trainer: Trainer, record: _Record) -> None:
+    """Resamples the features that are dead now."""
+    sae = trainer.dictionary()
     tokens = min(spec.revive_tokens, data.n_tokens)
     size = max(1, min(tokens, EVALUATED_VALUES // sae.features))
     with job.progress.task("revive", 2 * tokens, "tokens") as task:  # read twice
@@ -177,26 +189,29 @@ def _revived(spec: FinetuneSpec, job: Job, data: Activations, order: Order, sae:
                 task.advance(min(left, size))
                 left -= size
 
-        return resample(sae, read, spec.seed)
+        sae, table = resample(sae, read, spec.seed, trainer.step)
+    record.revived += table[list(REVIVED_COLUMNS)].to_numpy(dtype="float64").tolist()
+    trainer.renew(sae, torch.from_numpy(table.feature.to_numpy(copy=True)))
 
 
-def _train(
-    spec: TrainSpec | FinetuneSpec,
-    job: Job,
-    trainer: Trainer,
-    data: Activations,
-    order: Order,
-    rows: list[list[float]],
-    begun: dict[str, Any],
-) -> None:
-    """Runs the steps that are left; adds to the curve's rows."""
-    budget, steps = spec.budget, trainer.steps
+def _revivals(spec: TrainSpec | FinetuneSpec, steps: int) -> set[int]:
+    """Before which steps dead features are resampled."""
+    return {int(share * steps) for share in spec.revive_at} if isinstance(spec, FinetuneSpec) and spec.revive == "resample" else set()
+
+
+def _train(spec: TrainSpec | FinetuneSpec, job: Job, trainer: Trainer, data: Activations, order: Order, record: _Record) -> None:
+    """Runs the steps that are left; adds to the record."""
+    budget, steps, rows = spec.budget, trainer.steps, record.curve
+    revivals = _revivals(spec, steps)
     every = max(1, steps // CURVE_ROWS)
     keep = max(1, spec.checkpoint_tokens // budget.batch)
     first, begin = trainer.step, time.perf_counter()
     stream = batches(data, order, budget.batch, first, steps, job.device)
     with job.progress.task(spec.step, steps * budget.batch, "tokens", done=first * budget.batch) as task:
         for x in stream:
+            if trainer.step in revivals:
+                assert isinstance(spec, FinetuneSpec)
+                _revive(spec, job, data, order, trainer, record)
             outcome = trainer.train_on(x)
             step = trainer.step
             if step % every == 0 or step in (1, steps):
@@ -205,8 +220,7 @@ def _train(
             task.advance(len(x))
             if step % keep == 0 and step < steps:
                 _require_finite(float(outcome.loss), step)
-                curve = torch.tensor(rows, dtype=torch.float64).reshape(-1, len(CURVE_COLUMNS))
-                job.writer.training.save(step, {**trainer.state(), "curve": curve}, begun)
+                job.writer.training.save(step, {**trainer.state(), **record.tensors()}, record.figures)
     seconds = time.perf_counter() - begin
     done = (steps - first) * budget.batch
     job.notes.update(tokens_this_run=done, training_seconds=round(seconds, 3), tokens_per_second=round(done / seconds) if done else 0)
@@ -256,6 +270,11 @@ def _split(stream: Iterable[Tensor], tokens: int) -> Iterator[Tensor]:
 def _curve(rows: list[list[float]]) -> pd.DataFrame:
     frame = pd.DataFrame(rows, columns=list(CURVE_COLUMNS))
     return frame.astype({"step": "int64", "tokens": "int64"})
+
+
+def _revived(rows: list[list[float]]) -> pd.DataFrame:
+    frame = pd.DataFrame(rows, columns=list(REVIVED_COLUMNS))
+    return frame.astype({"step": "int64", "feature": "int64", "token": "int64", "token_loss": "float64"})
 
 
 def _dtype(compute: str) -> torch.dtype:

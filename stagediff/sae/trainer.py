@@ -99,14 +99,33 @@ class Trainer:
         """Adam's moments and step counts, for another training to `carry` on."""
         return self._optimiser.state()
 
-    def carry(self, optimiser: dict[str, Tensor], renewed: Tensor) -> None:
-        """Begins with another training's optimiser state; the moments of the features `renewed` (indices) are set to 0, as they are new."""
-        state = {name: value.clone() for name, value in optimiser.items()}
-        for name in self.parameters.keys() - {"b_dec"}:
+    def carry(self, optimiser: dict[str, Tensor]) -> None:
+        """Begins with another training's optimiser state."""
+        self._optimiser.restore({name: value.clone() for name, value in optimiser.items()})
+
+    @torch.no_grad()
+    def renew(self, sae: SAE, features: Tensor) -> None:
+        """Takes the weights of `features` (indices) from `sae`: they are new from here on, and so have no moments and are not dead yet.
+
+        An anchor draws them to these weights. The other features' weights are left as they are, bit by bit.
+        """
+        features = features.to(self._silent.device)
+        new = {name: getattr(sae, name) for name in ("W_enc", "b_enc", "W_dec")}
+        if sae.architecture == "jumprelu":
+            assert sae.threshold is not None
+            new["log_threshold"] = sae.threshold.clamp_min(SMALLEST_THRESHOLD).log()
+        moments = self._optimiser.state()
+        for name, value in new.items():
+            dim = 1 if name == "W_enc" else 0
+            chosen = value.index_select(dim, features)
+            for target in (self.parameters, self._home):
+                if name in target:
+                    target[name].index_copy_(dim, features, chosen)
             for moment in ("exp_avg", "exp_avg_sq"):
-                of_features = state[f"adam.{name}.{moment}"]
-                of_features.index_fill_(of_features.ndim - 1 if name == "W_enc" else 0, renewed.to(of_features.device), 0)
-        self._optimiser.restore(state)
+                if f"adam.{name}.{moment}" in moments:  # none before the first step
+                    moments[f"adam.{name}.{moment}"].index_fill_(dim, features, 0)
+        self._silent[features] = 0
+        self._dead = self._dead[~torch.isin(self._dead, features)]
 
     def state(self) -> dict[str, Tensor]:
         """Everything the next step depends on, besides data and spec. What an anchor draws to is part of it: the start need not be made again."""

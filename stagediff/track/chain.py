@@ -212,6 +212,7 @@ class _Builder:
             optimiser=follow.optimiser,
             anchor=follow.anchor,
             revive=follow.revive,
+            revive_at=follow.revive_at,
             keep_optimiser=self._carries,
         )
         return self.plan.add(name, spec)

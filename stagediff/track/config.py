@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from stagediff.config import RunConfig
 from stagediff.inputs.config import CorpusConfig, FinetuneConfig, HarvestConfig, OrganismConfig, TrainConfig
 from stagediff.lm.spec import HookPoint
-from stagediff.sae.spec import DictionaryConfig
+from stagediff.sae.spec import DictionaryConfig, ascending_shares
 from stagediff.spec import Value
 from stagediff.track.spec import FormationRule, KindRule, PatternRule, PhaseRule, UmapRule
 
@@ -75,9 +75,16 @@ class FollowConfig(FinetuneConfig):
     """Pull towards the previous checkpoint's weights."""
     revive: Literal["none", "resample"] = "none"
     """What happens to features that are dead at a new checkpoint; a resampled index is a new feature from there on."""
+    revive_at: tuple[float, ...] = (0.0,)
+    """When, as shares of the following steps; [0, 0.4]: before the first step, and for those that died since once more on the way."""
     transport: Literal["none", "linear"] = "none"
     """linear: before it is trained on, the dictionary is carried to the new checkpoint by the linear maps between the two checkpoints'
     activations of the same rows (`stagediff.sae.transport`); indices stay. The previous checkpoint's activations lie on disk until then."""
+
+    @field_validator("revive_at")
+    @classmethod
+    def _ascending(cls, at: tuple[float, ...]) -> tuple[float, ...]:
+        return ascending_shares(at)
 
     @model_validator(mode="after")
     def _moments_in_one_basis(self) -> "FollowConfig":

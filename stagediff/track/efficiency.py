@@ -26,7 +26,7 @@ QUALITY_COLUMNS = {
     "dead": ("share", "of features that never fire on the probe rows"),
     "loss_recovered": ("1", "(mean - spliced) / (mean - clean) of the language model's loss, all rows"),
     "input_scale": ("1", "what the dictionary multiplies activations by (empty: not recorded)"),
-    "revived": ("features", "dead ones that were resampled before the training (empty: not recorded)"),
+    "revived": ("features", "dead ones that were resampled before or during the training (empty: not recorded)"),
     "reason": ("", "why explained_variance or loss_recovered is empty"),
 }
 COMPARED_COLUMNS = {

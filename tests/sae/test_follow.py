@@ -124,6 +124,7 @@ def test_every_setting_counts_for_the_key(store, stored, planted):
         ("optimiser", "carried"),
         ("anchor", 0.5),
         ("revive", "resample"),
+        ("revive_at", (0.0, 0.5)),
         ("revive_tokens", 9),
         ("keep_optimiser", True),
     )
@@ -192,7 +193,7 @@ def test_steps_carried_on_are_steps_of_one_training(architecture, planted, reade
         first.train_on(batch)
     second, forgetful = (Trainer(first.dictionary(), constant, 20, False, torch.float32) for _ in range(2))
     given = {name: value.clone() for name, value in first.optimiser_state().items()}
-    second.carry(given, torch.zeros(0, dtype=torch.int64))
+    second.carry(given)
     for batch in parts[20:]:
         second.train_on(batch)
         forgetful.train_on(batch)
@@ -237,7 +238,8 @@ def test_revived_features_lose_their_moments_and_no_others(architecture, planted
         before.train_on(batch)
     given = before.optimiser_state()
     after = Trainer(start, budget_of(10), 10, False, torch.float32)
-    after.carry(given, torch.tensor([2, 5]))
+    after.carry(given)
+    after.renew(start, torch.tensor([2, 5]))
     rest = [i for i in range(F) if i not in (2, 5)]
     for name, value in after.optimiser_state().items():
         if name.endswith(".step") or ".b_dec." in name:
@@ -350,8 +352,10 @@ def test_new_weights_follow_the_rule(architecture, norm, planted, reader):
 
 
 def test_a_bias_of_zero_means_the_same_whether_b_dec_is_subtracted_or_not():
-    mean, x = 3 * torch.randn(D, generator=torch.Generator().manual_seed(0)), torch.randn(50, D)
-    some, residuals = torch.tensor([1, 2]), torch.randn(2, D)
+    g = torch.Generator().manual_seed(0)
+    mean = 3 * torch.randn(D, generator=g)
+    x = mean + torch.randn(50, D, generator=g)  # around the mean, as data are: half of them fire
+    some, residuals = torch.tensor([1, 2]), torch.randn(2, D, generator=g)
     pair = [fresh(config_of(subtract_b_dec=s), 1.5, mean, 0) for s in (True, False)]
     one, other = (renewed(sae, some, residuals, torch.ones(F, dtype=torch.bool)).encode(x)[:, some] for sae in pair)
     assert one.any()
@@ -398,9 +402,10 @@ def test_dead_features_come_alive_and_the_others_begin_where_they_were(architect
     begun = []
 
     class Seen(Trainer):
-        def __init__(self, sae, *rest):
-            begun.append(sae.copy())
-            super().__init__(sae, *rest)
+        def train_on(self, batch):
+            if self.step == 0:
+                begun.append(self.dictionary())
+            return super().train_on(batch)
 
     monkeypatch.setattr(train, "Trainer", Seen)
     left, made = (run(finetune_of(data, start, steps=200, revive=r, revive_tokens=10**9)) for r in ("none", "resample"))
@@ -416,11 +421,82 @@ def test_dead_features_come_alive_and_the_others_begin_where_they_were(architect
     assert torch.equal(at_start.W_enc[:, rest], before.W_enc[:, rest])
     assert torch.equal(at_start.b_enc[rest], before.b_enc[rest])
     assert torch.equal(at_start.b_dec, before.b_dec)
+    assert at_start.W_enc[:, dead].norm(dim=0).max() < 0.5 * before.W_enc[:, rest].norm(dim=0).mean()
     fires = {a.ref: (SAE.load(a).encode(x)[:, list(DEAD)] > 0).any(0) for a in (left, made)}
     assert not fires[left.ref].any()
     assert fires[made.ref].sum() >= len(DEAD) - 1
     assert made.manifest.figures["dead"] < left.manifest.figures["dead"]
     assert made.manifest.figures["ev"] > left.manifest.figures["ev"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_features_that_die_on_the_way_are_revived_on_the_way(architecture, store, run, stored, planted, reader, monkeypatch):
+    """Killed before step 20, they are found before step 30 and not before step 0; what a revival does to all else is nothing."""
+    x, _ = planted(2048, D, 32)
+    data = stored(store, x)
+    start = put(store, data, trained(x, reader, architecture, steps=400))
+    step, seen = Trainer.train_on, {}
+
+    def dies(self, batch):
+        if self.step == 20:
+            self.parameters["W_enc"][:, list(DEAD)] = 0
+            self.parameters["b_enc"][list(DEAD)] = -100.0
+        seen[self.step] = self.dictionary(), {n: v.clone() for n, v in self.optimiser_state().items()}
+        outcome = step(self, batch)
+        seen[f"after {self.step}"] = self.dictionary(), {n: v.clone() for n, v in self.optimiser_state().items()}
+        return outcome
+
+    monkeypatch.setattr(Trainer, "train_on", dies)
+    made = run(finetune_of(data, start, steps=60, revive="resample", revive_at=(0.0, 0.5), revive_tokens=10**9))
+    table = made.read_table(REVIVED)
+    assert set(table.step) <= {0, 30}
+    assert not set(DEAD) & set(table.feature[table.step == 0])
+    later = table[table.step == 30]
+    assert set(DEAD) <= set(later.feature)
+    assert made.manifest.figures["revived"] == len(table)
+
+    (before, moments), (after, moments_after) = seen["after 30"], seen[30]
+    new = later.feature.tolist()
+    rest = [i for i in range(F) if i not in new]
+    for name in ("W_enc", "b_enc", "W_dec"):
+        old, now = (getattr(s, name).T if name == "W_enc" else getattr(s, name) for s in (before, after))
+        assert torch.equal(old[rest], now[rest])
+        first, then = (
+            m[f"adam.{name}.exp_avg_sq"].T if name == "W_enc" else m[f"adam.{name}.exp_avg_sq"] for m in (moments, moments_after)
+        )
+        assert torch.equal(first[rest], then[rest])
+        assert not then[new].any()
+    x16 = x.bfloat16()
+    for row in later.itertuples():  # along the residual of the dictionary as it was then, at an input of the training order
+        stream = torch.cat(list(batches(reader(x, 512), Order(0, (512,) * 4), 256, 0, 8)))
+        token = stream[row.token].float()
+        residual = token - before.decode(before.encode(token[None]))[0]
+        cosine = torch.nn.functional.cosine_similarity(residual, after.W_dec[row.feature], dim=0)
+        assert float(cosine) == pytest.approx(1, abs=1e-4)
+    last = SAE.load(made)
+    assert (last.encode(x16)[:, list(DEAD)] > 0).any(0).sum() >= len(DEAD) - 1
+
+
+@pytest.mark.parametrize("at", [(), (0.5, 0.0), (0.2, 0.2), (1.0,), (-0.1,), (float("nan"),)])
+def test_revivals_are_ascending_shares_of_the_steps(at, store, stored, planted):
+    data = stored(store, planted(512, D, 32)[0])
+    with pytest.raises(ValueError, match="expected ascending shares of the steps"):
+        finetune_of(data, Ref("dictionaries/" + 20 * "a"), revive_at=at)
+
+
+def test_an_anchor_draws_a_renewed_feature_to_its_new_weights(planted, reader):
+    x, _ = planted(640, D, 32)
+    start = trained(x, reader, steps=20)
+    trainer = Trainer(start, budget_of(10), 10, False, torch.float32, anchor=1e9)
+    other = start.copy()
+    other.W_dec[4], other.W_enc[:, 4], other.b_enc[4] = 0.3, 0.2, 0.1
+    other.W_dec[5] = 9.0
+    trainer.renew(other, torch.tensor([4]))
+    trainer.train_on(x[:64])
+    made = trainer.dictionary()
+    assert made.W_dec[4].tolist() == pytest.approx([0.3] * D, abs=1e-4)
+    assert made.W_enc[:, 4].tolist() == pytest.approx([0.2] * D, abs=1e-4)
+    assert torch.allclose(made.W_dec[5], start.W_dec[5], atol=1e-4), "features that are not named stay"
 
 
 def test_where_nothing_is_dead_nothing_is_revived(store, run, stored, planted, reader):
@@ -458,6 +534,7 @@ def everything(store, stored, planted, reader, architecture: str, steps: int, **
     trainer = training(x, reader, architecture, steps=40)
     start = put(store, stored(store, x), killed(trainer.dictionary()), trainer.optimiser_state())
     on = {"rescale": True, "optimiser": "carried", "keep_optimiser": True, "anchor": 0.5, "revive": "resample", "revive_tokens": 500}
+    on["revive_at"] = (0.0, 0.5)
     return finetune_of(stored(store, 3 * x, name="other"), start, steps, **on, **more)
 
 
@@ -477,16 +554,16 @@ def test_a_finetune_with_everything_that_died_goes_on_bit_by_bit(
 
     def dying_step(self, batch):
         events.append(self.step)
-        if len(events) in (6, 40, 75, 110):
+        if len(events) in (6, 40, 75, 95):
             raise KeyboardInterrupt
         return step(self, batch)
 
-    def dying_revival(sae, read, seed):
+    def dying_revival(sae, read, *rest):
         events.append("revive")
         if len(events) == 1:
             next(iter(read()))
             raise KeyboardInterrupt
-        return revive(sae, read, seed)
+        return revive(sae, read, *rest)
 
     monkeypatch.setattr(Trainer, "train_on", dying_step)
     monkeypatch.setattr(train, "resample", dying_revival)
@@ -498,7 +575,9 @@ def test_a_finetune_with_everything_that_died_goes_on_bit_by_bit(
             deaths += 1
         assert deaths < 10
     assert deaths == 5
-    assert events.count("revive") == 3, "in the first run, which died there, the second, which died in step 3, and the third"
+    assert events.count("revive") == 5, (
+        "in the first run, which died there, the second, which died in step 3, the third; half-way in two more"
+    )
     assert files(other.artifact(spec.ref)) == files(whole)
     assert other.artifact(spec.ref).manifest.figures == whole.manifest.figures
 
