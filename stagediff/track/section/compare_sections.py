@@ -55,8 +55,8 @@ def _runs(runs: list[Compared]) -> str:
         rows.append(
             [
                 r.name,
-                _model(config.get("model") or {}),
-                f"layer {hook.get('layer', '?')}, {hook.get('site', '?')}" if hook else "–",
+                _unbroken(_model(config.get("model") or {})),
+                _unbroken(f"layer {hook.get('layer', '?')}, {hook.get('site', '?')}") if hook else "–",
                 r.run.features,
                 len(r.run.steps),
                 f"{number(r.run.steps[0])} to {number(r.run.steps[-1])}",
@@ -72,12 +72,13 @@ def _runs(runs: list[Compared]) -> str:
         "Features",
         "Checkpoints",
         "Steps",
-        "Token · concept · noise at the end",
+        "Token · concept · noise",
         "Formed",
-        "Explained variance at the end",
+        "Explained variance",
     )
     named = ", ".join(f"<strong>{escape(r.name)}</strong>" for r in runs)
-    return f'<p class="lead">{len(runs)} tracked runs side by side: {named}.</p>' + table(head, rows, text_columns=3)
+    lead = f"{len(runs)} tracked runs side by side: {named}. Kinds, features that have formed and explained variance are those at the last checkpoint."
+    return f'<p class="lead">{lead}</p>' + table(head, rows, text_columns=3)
 
 
 def _model(config: dict[str, Any]) -> str:
@@ -86,6 +87,10 @@ def _model(config: dict[str, Any]) -> str:
         shape = organism.get("architecture") or {}
         return f"{shape.get('layers', '?')} layers, width {shape.get('width', '?')}"
     return str(config.get("name") or "–")
+
+
+def _unbroken(text: str) -> str:
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _agreement(rows: list[dict[str, Any]]) -> str:
