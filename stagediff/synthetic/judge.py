@@ -12,7 +12,7 @@ from stagediff.synthetic.score import COLUMNS, Answer, figures, match, score
 from stagediff.synthetic.spec import CHECKPOINT_STEPS, PlantedTokensSpec, PlantedTrackSpec
 from stagediff.synthetic.truth import MERGING, Block, Truth, truth
 from stagediff.synthetic.world import BLOCK_ROWS, Planted
-from stagediff.track.spec import FormationSpec, PatternsSpec
+from stagediff.track.spec import FormationSpec
 
 if TYPE_CHECKING:
     from stagediff.steps import Job
@@ -27,10 +27,9 @@ TURNED = "concept turned"
 def compute(spec: PlantedTrackSpec, job: "Job") -> dict[str, Any]:
     """Writes features.parquet, kinds.parquet, confusion.parquet, roles.parquet and events.parquet (PlantedTrackSpec)."""
     planted = Planted(spec.world)
-    formation, patterns = job.artifact(spec.formation).spec(), job.artifact(spec.patterns).spec()
+    formation = job.artifact(spec.formation).spec()
     assert isinstance(formation, FormationSpec)
-    assert isinstance(patterns, PatternsSpec)
-    true = truth(planted, lambda: _blocks(spec, job), formation.rule, patterns.rule, spec.world.seed)
+    true = truth(planted, lambda: _blocks(spec, job), formation.rule, spec.world.seed)
     answer = _answer(spec, job)
     cosines = _cosines(spec, job, planted, answer.kinds)
     latent, cosine = match(cosines, true.home, spec.measures.match_cosine)

@@ -1,7 +1,7 @@
 """What tracking should find in a planted world, from the world alone: no dictionary is involved.
 
 Kinds are known where one of a feature's rules has at least KNOWN of its strength. An event takes place between the checkpoints between which half of the
-change is done; a merge where the two directions' cosine passes the merge rule's. A feature has formed when M(t) reaches half of its final value for good,
+change is done; a merge where the two directions' cosine passes TOGETHER. A feature has formed when M(t) reaches half of its final value for good,
 with the definition of M that the analysis uses (method.md, section 3), at the feature's planted datapoints: of the world's noiseless vectors, whose noise
 enters by its expected share in their norms only. (Without it the faintest newborn would make its places alike, wherever nothing else fires there.)
 """
@@ -13,11 +13,13 @@ import numpy as np
 
 from stagediff.synthetic.roles import ROLES
 from stagediff.synthetic.world import Planted
-from stagediff.track.spec import FormationRule, PatternRule
+from stagediff.track.spec import FormationRule
 
 __all__ = ["KNOWN", "MERGING", "Event", "Truth", "formed_at", "progress", "truth"]
 
 KNOWN = 0.75
+TOGETHER = 0.7
+"""Cosine of two directions that are as near to being one as to being apart (45 degrees)."""
 MERGING = "merging"
 """The name of a merge among the events; tracking lists merges in a table of their own."""
 
@@ -51,14 +53,14 @@ class Truth:
     """[G] checkpoint at which it has formed; NaN: not there at the end, or it never forms."""
 
 
-def truth(planted: Planted, blocks: Callable[[], Iterator[Block]], formation: FormationRule, patterns: PatternRule, seed: int) -> Truth:
+def truth(planted: Planted, blocks: Callable[[], Iterator[Block]], formation: FormationRule, seed: int) -> Truth:
     """The truth about all features. `blocks` gives the probe rows, whenever it is called."""
     m = progress(planted, blocks, formation, seed)
     partner = np.array([-1 if f.partner is None else f.partner for f in planted.features])
     return Truth(
         kinds=_kinds(planted),
         home=_home(planted),
-        events=_events(planted, patterns),
+        events=_events(planted),
         partner=partner,
         m=m,
         formed=formed_at(m, formation.share, formation.smallest_m),
@@ -88,7 +90,7 @@ def _home(planted: Planted) -> np.ndarray:
     return len(there) - 1 - there[::-1].argmax(axis=0)
 
 
-def _events(planted: Planted, rule: PatternRule) -> tuple[Event, ...]:
+def _events(planted: Planted) -> tuple[Event, ...]:
     events = []
     for f in planted.features:
         pattern = ROLES[f.role].pattern
@@ -97,7 +99,7 @@ def _events(planted: Planted, rule: PatternRule) -> tuple[Event, ...]:
             events.append(Event(f.index, pattern, f.event))
         if f.partner is not None:
             cosine = (planted.directions[:, f.index] * planted.directions[:, f.partner]).sum(1)
-            together = cosine >= rule.merge_cosine
+            together = cosine >= TOGETHER
             events.append(Event(f.index, MERGING, int(together.argmax()) - 1))
     return tuple(events)
 

@@ -24,11 +24,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from stagediff.errors import UserError
+from stagediff.sae.dictionary import SAE
 from stagediff.track.columns import named
 from stagediff.track.decoders import ChainDecoders
 from stagediff.track.faint import faint, strengths
-from stagediff.track.merges import find_merges, top_positions
-from stagediff.track.spec import KINDS, PATTERNS, KindsSpec, PatternsSpec
+from stagediff.track.firing import firing_shares
+from stagediff.track.merges import Shares, find_merges, strongest_places
+from stagediff.track.probe import Probe
+from stagediff.track.spec import KINDS, PATTERNS, KindsSpec, PatternsSpec, Point
 
 if TYPE_CHECKING:
     from stagediff.steps import Job
@@ -54,6 +57,7 @@ def compute(spec: PatternsSpec, job: "Job") -> dict[str, Any]:
         raise UserError(
             f"The chain's dictionaries have {features:,} features, but the kinds {spec.kinds} are of {kind.shape[1]:,}: they belong to another chain."
         )
+    probe = Probe(spec.points, job)
     relative = strengths(spec, job, kind, examples)
     is_faint = faint(kind, relative, spec.rule.faint)
     there = np.where(is_faint, DEAD, kind)
@@ -80,8 +84,8 @@ def compute(spec: PatternsSpec, job: "Job") -> dict[str, Any]:
                 "reason": named(reason, REASONS),
             }
             patterns.append(pd.DataFrame(columns))
-            top = top_positions(job.artifact(later.statistics), examples, decoders.features)[alive]
-            found, blocks_cut = find_merges(before, after, top, spec.rule, job.device)
+            places = strongest_places(job.artifact(earlier.statistics), examples, features, probe)
+            found, blocks_cut = find_merges(before, after, _shares((earlier, later), places, alive, probe, job), spec.rule, job.device)
             for name in ("feature", "partner"):
                 found[name] = alive[found[name]].astype(np.int32)
             merges.append(found.assign(from_step=earlier.step, to_step=later.step)[list(MERGE_COLUMNS)])
@@ -123,6 +127,17 @@ def pattern_of(
     nothing = (before == UNKNOWN).astype(int) + 2 * (after == UNKNOWN)  # 1: at from, 2: at to, 3: at both
     reason = np.select([pattern >= 0, (before == DEAD) & (after == DEAD), turned], [-1, 0, REASONS.index("concept turned")], nothing)
     return pattern, reason
+
+
+def _shares(points: tuple[Point, Point], places: np.ndarray, alive: np.ndarray, probe: Probe, job: "Job") -> Shares:
+    """Loads one dictionary at a time, and none where there is no pair to look at."""
+
+    def shares(is_later: bool, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        point = points[is_later]
+        sae = SAE.load(job.artifact(point.dictionary)).to(job.device)
+        return firing_shares(alive[x], alive[y], places, point, sae, probe)
+
+    return shares
 
 
 def _turned(decoders: ChainDecoders, alive: np.ndarray) -> tuple[np.ndarray, Tensor, Tensor]:
@@ -178,11 +193,15 @@ PATTERN_COLUMNS = {
 MERGE_COLUMNS = {
     "feature": ("index", "a feature that merged"),
     "partner": ("index", "of those it merged with the one nearest in decoder direction at the later checkpoint"),
-    "from_step": ("training step", "the earlier checkpoint, where the two were apart"),
-    "to_step": ("training step", "the later one, where they are together"),
+    "from_step": ("training step", "the earlier checkpoint"),
+    "to_step": ("training step", "the later one, the first at which they are together"),
     "cos_before": ("cosine", "of their decoder rows, earlier"),
     "cos_after": ("cosine", "of their decoder rows, later"),
-    "shared": ("share", "Jaccard of their top examples' positions, later"),
+    "shared_before": (
+        "share",
+        "of one's strongest places at the earlier checkpoint at which the other fires, earlier (the larger of the two)",
+    ),
+    "shared": ("share", "the same, of the same places, later"),
 }
 COUNT_COLUMNS = {
     "from_step": ("training step", "the earlier checkpoint"),

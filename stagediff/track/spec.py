@@ -184,8 +184,8 @@ class DriftSpec(_Analysis):
 
 
 class PatternRule(Value):
-    """When noise is too weak to be a feature, when a concept counts as the same one, and when two features count as merged: they were apart and come
-    together (all ours)."""
+    """When noise is too weak to be a feature, when a concept counts as the same one, and when two features count as merged (all
+    ours; `stagediff.track.merges`)."""
 
     faint: float = Field(0.33, ge=0, lt=1)
     """A noise feature under this share of its own largest strength along the chain is not there, like a dead one: from noise so faint to a meaning is
@@ -194,10 +194,11 @@ class PatternRule(Value):
     concept_cosine: float = 0.5
     """concept to concept is maintaining with a decoder cosine between the two checkpoints of at least this. Below it the feature may stand for
     another concept, which kinds cannot tell: pattern null, reason "concept turned"."""
-    merge_cosine: float = Field(0.7, gt=0, le=1)
-    """Decoder cosine at the later checkpoint at least this, at the earlier one below it …"""
-    merge_shared: float = Field(0.2, gt=0, le=1)
-    """… and at least this share (Jaccard) of their top examples' positions shared at the later one."""
+    merge_cosine: float = Field(0.5, gt=0, le=1)
+    """Decoder cosine of at least this, and …"""
+    merge_shared: float = Field(0.5, gt=0, le=1)
+    """… one fires at this share of the places at which the other one was strongest at the earlier checkpoint: both at the later one and not both at the
+    earlier, and one of the two at least twice as large as there."""
 
 
 class PatternsSpec(_Analysis):
@@ -206,7 +207,8 @@ class PatternsSpec(_Analysis):
     patterns.parquet: feature, from_step, to_step, pattern (of PATTERNS; null with reason), from_kind, to_kind, from_token, to_token, from_strength,
     to_strength (as a share of its largest along the chain), cosine (of its decoder rows), reason ("dead at both", "faint or dead at both", "no kind at
     from_step", "no kind at to_step", "no kind at both", "concept turned").
-    merges.parquet, one row per feature that merged, with its strongest partner: feature, partner, from_step, to_step, cos_before, cos_after, shared.
+    merges.parquet, one row per feature that merged, with its strongest partner: feature, partner, from_step, to_step, cos_before, cos_after,
+    shared_before, shared.
     counts.parquet: from_step, to_step, pattern, count, share (of features with a pattern).
     """
 

@@ -9,7 +9,7 @@ from stagediff.synthetic.roles import ROLES
 from stagediff.synthetic.spec import world
 from stagediff.synthetic.truth import MERGING, formed_at, progress, truth
 from stagediff.synthetic.world import Planted
-from stagediff.track.spec import FormationRule, PatternRule
+from stagediff.track.spec import FormationRule
 
 RULE = FormationRule(datapoints=6, random=12)
 
@@ -22,7 +22,7 @@ def blocks(planted):
 
 @pytest.fixture(scope="module")
 def true(planted, blocks):
-    return truth(planted, blocks, RULE, PatternRule(), seed=5)
+    return truth(planted, blocks, RULE, seed=5)
 
 
 def mean_cosine(rows, noise: float) -> float:
