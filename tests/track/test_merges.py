@@ -56,7 +56,8 @@ def merged_by_loops(before, after, shares, rule):
 
 @pytest.mark.parametrize("block", [7, 64, 4096])
 @pytest.mark.parametrize("seed", range(3))
-def test_merges_equal_loops_whatever_the_block(seed, block):
+def test_merges_equal_loops_whatever_the_block(monkeypatch, seed, block):
+    monkeypatch.setattr(merges, "PER_ROW", 90)
     before, after, shares = crowded(seed)
     rule = PatternRule(merge_cosine=0.7, merge_shared=0.6)
     expected = merged_by_loops(before, after, shares, rule)
