@@ -7,12 +7,14 @@ import socket
 import stat
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+import pytest
 
-__all__ = ["PROGRAMS", "Cluster", "wait_for"]
+__all__ = ["Cluster", "wait_for", "whole_cluster"]
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel", "sinfo", "squeue")
 CONFIGURATION = """
@@ -51,6 +53,21 @@ def wait_for(condition: Callable[[], object], what: str, seconds: float = 240) -
     while not condition():
         assert time.monotonic() < end, f"waited {seconds} s for {what}"
         time.sleep(0.1)
+
+
+@contextmanager
+def whole_cluster(folder: Path) -> Iterator["Cluster"]:
+    """Two nodes with a GPU each; a failure, not a skip, where that cannot be had. At the end nothing of any job is left."""
+    missing = [name for name in PROGRAMS if shutil.which(name) is None]
+    if missing or os.geteuid() != 0:
+        pytest.fail(
+            f"The Slurm tests need root, and these programs: {', '.join(missing) or 'all there'}. "
+            "apt-get install slurmctld slurmd slurm-client munge. STAGEDIFF_INTEGRATION=0 leaves them out."
+        )
+    with Cluster(folder) as cluster:
+        yield cluster
+        wait_for(lambda: not cluster.jobs(), "the last jobs to end", seconds=60)
+        wait_for(lambda: not cluster.job_processes(), "the processes of all jobs to be gone", seconds=60)
 
 
 class Cluster:
@@ -173,7 +190,7 @@ class Cluster:
         host = socket.gethostname().split(".")[0]
         controller, *ports = _free_ports(1 + len(self.nodes))
         nodes = "\n".join(
-            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=8 RealMemory=8000 Gres=gpu:{self.gpus}"
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=8 RealMemory=64000 Gres=gpu:{self.gpus}"
             for node, port in zip(self.nodes, ports, strict=True)
         )
         text = CONFIGURATION.format(host=host, controller=controller, folder=self.folder, nodes=nodes)

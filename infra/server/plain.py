@@ -164,7 +164,9 @@ class Server:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs both until told to stop; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m infra.server.plain", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m infra.server.plain", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=4200)

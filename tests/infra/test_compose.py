@@ -19,7 +19,9 @@ def test_ports_are_bound_to_this_machine_and_passwords_are_asked_for():
         for name, value in service.get("environment", {}).items():
             assert not secret.search(name) or ":?set it in .env}" in value, f"{name} is written down"
     asked = set(re.findall(r"\$\{([A-Z_0-9]+):\?", text))
-    example = {line.split("=")[0]: line.split("=", 1)[1] for line in (SERVER / "env.example").read_text().splitlines() if re.match("[A-Z]", line)}
+    example = {
+        line.split("=")[0]: line.split("=", 1)[1] for line in (SERVER / "env.example").read_text().splitlines() if re.match("[A-Z]", line)
+    }
     assert example == dict.fromkeys(asked, "")
 
 

@@ -6,7 +6,6 @@ failure, not a skip.
 
 import importlib.util
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from one_host_slurm import PROGRAMS, Cluster, wait_for
+from one_host_slurm import Cluster, wait_for, whole_cluster
 
 from stagediff.sae.spec import Budget, DictionaryConfig, TrainSpec
 from stagediff.store import Store
@@ -40,16 +39,8 @@ steps.run(TrainSpec.model_validate_json(sys.argv[1]), Store(sys.argv[2]), device
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory) -> Iterator[Cluster]:
-    missing = [name for name in PROGRAMS if shutil.which(name) is None]
-    if missing or os.geteuid() != 0:
-        pytest.fail(
-            f"The Slurm tests need root, and these programs: {', '.join(missing) or 'all there'}. "
-            "apt-get install slurmctld slurmd slurm-client munge. STAGEDIFF_INTEGRATION=0 leaves them out."
-        )
-    with Cluster(tmp_path_factory.mktemp("slurm") / "cluster") as started:
-        yield started
-        wait_for(lambda: not started.jobs(), "the last jobs to end", seconds=60)
-        assert started.job_processes() == [], "no process of any job is left"
+    with whole_cluster(tmp_path_factory.mktemp("slurm") / "cluster") as cluster:
+        yield cluster
 
 
 class Launcher:
