@@ -140,7 +140,9 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="python -m infra.slurm.launch", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--name", default="", help="of the job; a unique ending is added")
+    parser.add_argument(
+        "--name", default="", help="of the job; a unique ending is added. Default: the flow's name, where Prefect gives one"
+    )
     parser.add_argument("--gpus", default="", help="on the one node: a number, or type:number")
     parser.add_argument("--cpus", default="")
     parser.add_argument("--memory", default="", help="as sbatch --mem: 64G")
@@ -171,8 +173,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     log_dir = Path(given.log_dir or os.environ.get("STAGEDIFF_SLURM_LOGS") or Path.home() / ".stagediff" / "slurm").absolute()
     try:
         fate = run(
-            command, sbatch_options(given), name=given.name, log_dir=log_dir, poll=given.poll, patience=given.patience, say=lambda text: print(text, flush=True)
-        )  # fmt: skip
+            command,
+            sbatch_options(given),
+            name=given.name or os.environ.get("PREFECT__FLOW_NAME", ""),
+            log_dir=log_dir,
+            poll=given.poll,
+            patience=given.patience,
+            say=lambda text: print(text, flush=True),
+        )
     except SlurmError as error:
         print(error, file=sys.stderr, flush=True)
         return 2

@@ -14,6 +14,7 @@ from stagediff import steps
 from stagediff.errors import DamagedError, StagediffError, UserError
 from stagediff.progress import Progress
 from stagediff.ranks.launch import RankLostError
+from stagediff.ranks.progress import Teller
 from stagediff.ranks.tree import die_with_parent
 from stagediff.store import Store
 
@@ -44,7 +45,11 @@ def _work(order: dict[str, Any], rank: int, ranks: int) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    options: dict[str, Any] = {"device": device, "name": order["name"], "progress": Progress(interactive=False)}
+    options: dict[str, Any] = {
+        "device": device,
+        "name": order["name"],
+        "progress": Progress(interactive=False, log_every=float("inf"), listener=Teller(rank)),
+    }
     step = steps.get(spec.step)
     if step.resources.sharded:
         del os.environ["WORLD_SIZE"]  # no word of a numerics class: a share's bytes do not depend on how many there are

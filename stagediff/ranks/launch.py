@@ -16,6 +16,7 @@ from pathlib import Path
 from stagediff import steps
 from stagediff.errors import DamagedError, StagediffError, UserError
 from stagediff.progress import Progress
+from stagediff.ranks.progress import Told
 from stagediff.ranks.tree import Ended, run_tree
 from stagediff.spec import Ref, Spec
 from stagediff.store import State, Store
@@ -71,8 +72,9 @@ def run(
     with tempfile.TemporaryDirectory(prefix="stagediff-ranks-") as folder:
         order = {"step": spec.step, "spec": spec.model_dump(mode="json"), "store": store.root, "device": device, "part": part, "name": name}
         (Path(folder) / "order.json").write_text(json.dumps(order))
-        with (progress or Progress()).step(f"{called} in {ranks} processes"):
-            ended = run_tree(command(ranks, "stagediff.ranks", folder), _say)
+        shown = progress or Progress()
+        with shown.step(f"{called} in {ranks} processes"), Told(shown) as told:
+            ended = run_tree(command(ranks, "stagediff.ranks", folder), lambda line: None if told.take(line) else _say(line))
         if ended.code:
             _raise(called, ended, Path(folder))
     return spec.ref

@@ -49,8 +49,8 @@ def run_tree(command: Sequence[str], say: Callable[[str], Any], *, env: Mapping[
     try:
         assert process.stdout is not None
         for line in process.stdout:
+            say(line.rstrip())
             tail.append(line.rstrip())
-            say(tail[-1])
         return Ended(process.wait(), list(tail))
     except BaseException:
         _end(process, grace)

@@ -17,6 +17,11 @@ from safetensors.torch import load
 
 from stagediff import ranks, steps
 from stagediff.errors import UserError
+from stagediff.progress import Progress, Task
+from stagediff.sae.dictionary import ARCHITECTURES, resolved
+from stagediff.sae.gradients import Context
+from stagediff.sae.initial import fresh
+from stagediff.sae.parallel import Team
 from stagediff.sae.spec import Budget, DictionaryConfig, FinetuneSpec, TrainSpec
 from stagediff.store import Store
 
@@ -62,23 +67,60 @@ def weights(store: Store, ref: str) -> dict[str, torch.Tensor]:
     return load((Path(store.root) / ref / "sae_weights.safetensors").read_bytes())
 
 
-@pytest.mark.parametrize("architecture", ["relu", "topk", "jumprelu"])
-def test_two_ranks_train_what_one_trains(architecture, planted, tmp_path):
-    """fp32, 60 steps: weights agree to 2e-4 of their largest, figures to 1e-3; and two ranks twice agree bit by bit."""
-    stores = [Store(tmp_path / name) for name in ("one", "two", "again")]
-    datas = [tools().store_activations(store, planted) for store in stores]
-    spec = training(datas[0], architecture)
-    steps.run(spec, stores[0], device="cpu")
-    for store in stores[1:]:
-        assert ranks.run(spec, store, device="cpu", ranks=2) == spec.ref
-    one, two, again = (store.artifact(spec.ref).manifest for store in stores)
-    assert (one.numerics["world_size"], two.numerics["world_size"]) == (1, 2)
-    for name, expected in weights(stores[0], spec.ref).items():
-        found = weights(stores[1], spec.ref)[name]
-        assert float((found - expected).abs().max()) <= 2e-4 * float(expected.abs().max()), name
+@pytest.fixture(scope="module")
+def trained(planted, tmp_path_factory) -> tuple[TrainSpec, Store, Store]:
+    """The same training by one process and by two ranks."""
+    one, two = (Store(tmp_path_factory.mktemp("trained") / name) for name in ("one", "two"))
+    for store in (one, two):
+        data = tools().store_activations(store, planted)
+    spec = training(data)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    steps.run(spec, one, device="cpu")
+    torch.set_num_threads(threads)
+    assert ranks.run(spec, two, device="cpu", ranks=2) == spec.ref
+    return spec, one, two
+
+
+def assert_same_weights(found: Store, expected: Store, ref: str) -> None:
+    theirs = weights(found, ref)
+    for name, value in weights(expected, ref).items():
+        assert float((theirs[name] - value).abs().max()) <= 2e-4 * float(value.abs().max()), name
+
+
+def test_two_ranks_train_what_one_trains(trained):
+    """fp32, 60 steps: weights agree to 2e-4 of their largest, figures to 1e-3."""
+    spec, one, two = trained
+    expected, found = (store.artifact(spec.ref).manifest for store in (one, two))
+    assert (expected.numerics["world_size"], found.numerics["world_size"]) == (1, 2)
+    assert_same_weights(two, one, spec.ref)
     for name in ("loss", "ev", "l0", "dead"):
-        assert two.figures[name] == pytest.approx(one.figures[name], rel=1e-3, abs=1e-3), name
-    assert two.data() == again.data()
+        assert found.figures[name] == pytest.approx(expected.figures[name], rel=1e-3, abs=1e-3), name
+
+
+def test_two_ranks_give_the_same_bytes_again_and_a_forced_step_is_set_aside_once(trained):
+    spec, _, two = trained
+    ranks.run(spec, two, device="cpu", ranks=2, force=True)
+    assert two.artifact(spec.ref).manifest.same_bytes is True
+
+
+@pytest.mark.parametrize(("architecture", "dead"), [("relu", False), ("topk", False), ("topk", True), ("jumprelu", False)])
+def test_the_mean_of_the_slices_gradients_is_the_batchs(architecture, dead, planted):
+    """float64, every architecture that can be shared out: equal to 1e-12."""
+    config = resolved(DictionaryConfig(architecture=architecture, features=48, k=4, auxk=8 if architecture == "topk" else None), 16)
+    sae = fresh(config, 1.0, planted.double().mean(0), seed=0)
+    parameters = {name: getattr(sae, name).double() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    if architecture == "jumprelu":
+        parameters["log_threshold"] = sae.threshold.double().log()
+    context = Context(config, 3.0, torch.float64, torch.arange(0, 48, 5) if dead else None)
+    x = planted[:64].double()
+    gradient = ARCHITECTURES[architecture].gradient
+    whole, parts = gradient(parameters, x, context), [gradient(parameters, part, context) for part in x.chunk(4)]
+    for name, expected in whole.gradients.items():
+        torch.testing.assert_close(torch.stack([p.gradients[name] for p in parts]).mean(0), expected, rtol=1e-12, atol=1e-12)
+    for name in ("loss", "error", "sparsity"):
+        torch.testing.assert_close(torch.stack([getattr(p, name) for p in parts]).mean(), getattr(whole, name), rtol=1e-12, atol=1e-12)
+    assert torch.equal(torch.stack([p.fired for p in parts]).any(0), whole.fired)
 
 
 def test_two_ranks_finetune_from_a_start_with_its_optimiser_and_revived_features(planted, tmp_path):
@@ -100,49 +142,54 @@ def test_two_ranks_finetune_from_a_start_with_its_optimiser_and_revived_features
     )
     steps.run(spec, stores[0], device="cpu")
     ranks.run(spec, stores[1], device="cpu", ranks=2)
-    for name, expected in weights(stores[0], spec.ref).items():
-        found = weights(stores[1], spec.ref)[name]
-        assert float((found - expected).abs().max()) <= 2e-4 * float(expected.abs().max()), name
+    assert_same_weights(stores[1], stores[0], spec.ref)
     files = [(Path(store.root) / spec.ref / "revived.parquet").read_bytes() for store in stores]
     assert files[0] == files[1]
 
 
-@pytest.mark.parametrize("victim", ["rank 0", "rank 1", "torchrun", "launcher"])
-def test_a_killed_training_of_two_ranks_resumes_to_the_same_bytes(victim, planted, tmp_path):
+def test_a_training_of_two_ranks_killed_again_and_again_resumes_to_the_same_bytes(planted, tmp_path):
+    """A rank, the other one, torchrun between them, and who launched it: nothing is left behind, and the next attempt goes on."""
     hit, undisturbed = Store(tmp_path / "hit"), Store(tmp_path / "undisturbed")
     data = tools().store_activations(hit, planted)
     tools().store_activations(undisturbed, planted)
-    spec = training(data, steps_=1500, checkpoint_tokens=64 * 50)
+    spec = training(data, steps_=1200, checkpoint_tokens=64 * 20)
     ranks.run(spec, undisturbed, device="cpu", ranks=2)
-    process = started(spec, hit)
     checkpoints = Path(hit.root) / spec.ref / "_work" / "training"
-    wait_for(lambda: checkpoints.is_dir() and any(checkpoints.iterdir()), process)
-    tree = {name: member for member in psutil.Process(process.pid).children(recursive=True) for name in [role(member)] if name}
-    assert tree.keys() == {"torchrun", "rank 0", "rank 1"}
-    (process if victim == "launcher" else tree[victim]).kill()
-    out, _ = process.communicate(timeout=200)
-    assert process.returncode == (-signal.SIGKILL if victim == "launcher" else 1)
-    if victim != "launcher":
-        assert "RankLostError" in out
-    gone, left = psutil.wait_procs(tree.values(), timeout=100)
-    assert left == [], f"nothing is left behind; gone are {gone}"
-    assert not hit.artifact(spec.ref).is_complete
+    reached = 0
+    for victim in ("rank 1", "rank 0", "torchrun", "launcher"):
+        process = started(spec, hit)
+        wait_for(lambda before=reached: newest(checkpoints) > before, process)
+        tree = {name: member for member in psutil.Process(process.pid).children(recursive=True) for name in [role(member)] if name}
+        assert tree.keys() == {"torchrun", "rank 0", "rank 1"}
+        (process if victim == "launcher" else tree[victim]).kill()
+        out, _ = process.communicate(timeout=200)
+        assert process.returncode == (-signal.SIGKILL if victim == "launcher" else 1), out
+        assert "RankLostError" in out or victim == "launcher", out
+        _, left = psutil.wait_procs(tree.values(), timeout=100)
+        assert left == [], f"{victim} was killed and left these behind"
+        assert not hit.artifact(spec.ref).is_complete
+        reached = newest(checkpoints)
     ranks.run(spec, hit, device="cpu", ranks=2)
     found, expected = (store.artifact(spec.ref).manifest for store in (hit, undisturbed))
     assert found.data() == expected.data()
-    assert found.notes["tokens_this_run"] < spec.budget.tokens
+    assert found.notes["tokens_this_run"] == spec.budget.tokens - reached * spec.budget.batch, "from the last checkpoint on"
+    assert len(found.writers) == 5
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_cancelled_training_leaves_no_process(number, planted, tmp_path):
+def newest(checkpoints: Path) -> int:
+    """The step of the newest training checkpoint."""
+    return max((int(path.name.split("-")[0]) for path in checkpoints.glob("*.safetensors")), default=0) if checkpoints.is_dir() else 0
+
+
+def test_a_cancelled_training_leaves_no_process(planted, tmp_path):
+    """As Prefect cancels: SIGTERM, which becomes an exception in the main thread."""
     store = Store(tmp_path / "store")
     spec = training(tools().store_activations(store, planted), steps_=100_000)
-    handler = "import signal\ndef end(*_): raise SystemExit(7)\nsignal.signal(signal.SIGTERM, end); signal.signal(signal.SIGINT, end)\n"
+    handler = "import signal\ndef end(*_): raise SystemExit(7)\nsignal.signal(signal.SIGTERM, end)\n"
     process = started(spec, store, before=handler)
-    checkpoints = Path(store.root) / spec.ref / "_work" / "training"
-    wait_for(lambda: checkpoints.is_dir() and any(checkpoints.iterdir()), process)
+    wait_for(lambda: newest(Path(store.root) / spec.ref / "_work" / "training"), process)
     tree = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(number)
+    process.terminate()
     process.communicate(timeout=200)
     assert process.returncode == 7
     assert not any(member.is_running() for member in tree)
@@ -154,7 +201,10 @@ def test_a_harvest_is_shared_out_by_shards_to_the_same_bytes(finished_run, tmp_p
     other = Store(tmp_path / "store")
     copy_inputs(plan, node, store, other)
     caplog.set_level(logging.INFO, "stagediff")
-    ranks.run(node.spec, other, device="cpu", ranks=2)
+    seen: dict[str, Task] = {}
+    ranks.run(node.spec, other, device="cpu", ranks=2, progress=Progress(listener=lambda task: seen.update({task.name: task})))
+    assert sorted(seen) == ["harvest", "harvest (rank 1)"]
+    assert sum(task.done for task in seen.values()) == store.artifact(node.ref).manifest.figures["tokens"]
     found, expected = (s.artifact(node.ref).manifest for s in (other, store))
     assert found.data() == expected.data()
     assert found.figures == expected.figures
@@ -163,27 +213,20 @@ def test_a_harvest_is_shared_out_by_shards_to_the_same_bytes(finished_run, tmp_p
     assert any("[rank 1]" in record.getMessage() for record in caplog.records), "the ranks' lines reach the log"
 
 
-def test_a_forced_step_is_set_aside_once_and_compared(planted, tmp_path):
+def test_a_users_mistake_in_a_rank_is_a_users_mistake(planted, tmp_path):
     store = Store(tmp_path / "store")
-    spec = training(tools().store_activations(store, planted))
-    ranks.run(spec, store, device="cpu", ranks=2)
-    ranks.run(spec, store, device="cpu", ranks=2, force=True)
-    assert store.artifact(spec.ref).manifest.same_bytes is True
-
-
-@pytest.mark.parametrize(
-    ("architecture", "changes", "said"),
-    [
-        ("batchtopk", {}, "batchtopk chooses its active features over the whole batch"),
-        ("relu", {"batch": 63}, "cannot be shared out evenly to 2"),
-    ],
-)
-def test_a_users_mistake_in_a_rank_is_a_users_mistake(architecture, changes, said, planted, tmp_path):
-    store = Store(tmp_path / "store")
-    spec = training(tools().store_activations(store, planted), architecture)
-    spec = spec.model_copy(update={"budget": spec.budget.model_copy(update=changes)})
-    with pytest.raises(UserError, match=said):
+    spec = training(tools().store_activations(store, planted), "batchtopk")
+    with pytest.raises(UserError, match="batchtopk chooses its active features over the whole batch"):
         ranks.run(spec, store, device="cpu", ranks=2)
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused(monkeypatch):
+    team = Team()
+    team.check("batchtopk", 63)  # alone: anything goes
+    monkeypatch.setattr(team, "size", 2)
+    team.check("relu", 64)
+    with pytest.raises(UserError, match="63 tokens cannot be shared out evenly to 2 ranks"):
+        team.check("relu", 63)
 
 
 def test_without_a_word_a_step_runs_in_this_process(planted, tmp_path, monkeypatch):
