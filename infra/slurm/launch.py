@@ -21,7 +21,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from infra.slurm import jobs
 from infra.slurm.jobs import Fate, Log, SlurmError
@@ -161,6 +161,17 @@ def _arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_args(argv[:at]), argv[at + 1 :]
 
 
+def _say(text: str, stream: TextIO | None = None) -> None:
+    """Prints a line. Where nobody reads any more (the worker was killed), the job goes on all the same."""
+    stream = stream or sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     given, command = _arguments(sys.argv[1:] if argv is None else argv)
@@ -179,13 +190,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             log_dir=log_dir,
             poll=given.poll,
             patience=given.patience,
-            say=lambda text: print(text, flush=True),
+            say=_say,
         )
     except SlurmError as error:
-        print(error, file=sys.stderr, flush=True)
+        _say(str(error), sys.stderr)
         return 2
     if fate.text:
-        print(fate.text, file=sys.stderr, flush=True)
+        _say(fate.text, sys.stderr)
     return fate.code
 
 

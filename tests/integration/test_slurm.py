@@ -168,6 +168,31 @@ def test_a_launcher_ended_while_the_job_waits_leaves_no_job(cluster):
     wait_for(lambda: not {x.job for x in (waiting, *busy)} & set(cluster.jobs()), "the jobs to be gone")
 
 
+def test_a_job_goes_on_when_nobody_reads_its_lines_any_more(cluster, tmp_path):
+    """As after the death of the worker that started the launcher."""
+    code = """
+        import os, sys, time
+        while not os.path.exists(sys.argv[1]):
+            print("at work", flush=True)
+            time.sleep(0.1)
+        open(sys.argv[2], "w").close()
+    """
+    start = [sys.executable, "-m", "infra.slurm.launch", f"--log-dir={cluster.folder / 'jobs'}", "--poll=0.3", "--"]
+    command = [*start, *python(code, str(tmp_path / "go on"), str(tmp_path / "done"))]
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | cluster.env, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    while "at work" not in process.stdout.readline():
+        assert process.poll() is None
+    process.stdout.close()
+    log = max((cluster.folder / "jobs").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    size = log.stat().st_size
+    wait_for(lambda: log.stat().st_size > size + 200, "more lines, which the launcher can hand to nobody")
+    assert process.poll() is None
+    (tmp_path / "go on").touch()
+    assert process.wait(200) == 0
+    assert (tmp_path / "done").exists()
+
+
 def test_a_controller_that_is_away_is_waited_for(cluster, tmp_path):
     code = "import os, sys, time\nprint('at work', flush=True)\nwhile not os.path.exists(sys.argv[1]): time.sleep(0.05)\nprint('done')"
     launcher = Launcher(cluster, python(code, str(tmp_path / "go on"))).says("at work")
