@@ -75,7 +75,17 @@ def test_a_run_through_a_server_on_postgresql_outlives_a_restart(folder, finishe
             "PREFECT_HOME": str(tmp_path / "home"),
             "OMP_NUM_THREADS": "1",
         }
-        command = [sys.executable, "-c", "from stagediff.cli import main; main()", "run", str(tmp_path / "tiny.yaml"), "--store", copy.root, "--device", "cpu"]
+        command = [
+            sys.executable,
+            "-c",
+            "from stagediff.cli import main; main()",
+            "run",
+            str(tmp_path / "tiny.yaml"),
+            "--store",
+            copy.root,
+            "--device",
+            "cpu",
+        ]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stdout + done.stderr
         assert copy.artifact(plan["diff"].ref).manifest.data() == store.artifact(plan["diff"].ref).manifest.data()
