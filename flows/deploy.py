@@ -39,7 +39,7 @@ from stagediff import steps
 from stagediff.errors import StagediffError, UserError
 from stagediff.resources import resources_of
 
-__all__ = ["deploy", "main"]
+__all__ = ["api", "deploy", "main", "register"]
 
 ROOT = Path(__file__).parents[1]
 AUTOMATIONS = ROOT / "infra" / "automations"
@@ -50,7 +50,7 @@ def deploy(pools: Sequence[Wanted], directory: str | None = None, say: Callable[
 
     `directory`: where this project lies on the workers' machines; None: where it lies here. Raises UserError, before anything is changed.
     """
-    with _api() as client:
+    with api() as client:
         there = {pool.name: pool for pool in client.read_work_pools()}
         templates = {wanted.name: template_for(wanted, there) for wanted in pools}
         for wanted in pools:
@@ -59,7 +59,7 @@ def deploy(pools: Sequence[Wanted], directory: str | None = None, say: Callable[
             kind = install(client, wanted, templates[wanted.name], there)
             entries = [*_steps(wanted, kind, gpus_of(client, wanted.name)), *(other_entries(wanted.name) if at == 0 else [])]
             for entry in entries:
-                _register(client, entry, directory or str(ROOT))
+                register(client, entry, directory or str(ROOT))
             say(f"{wanted.name} ({kind}): {len(entries)} deployments")
         for file in sorted(AUTOMATIONS.glob("*.yaml")):
             say(f"automation: {_automate(client, file)}")
@@ -80,7 +80,7 @@ def _steps(wanted: Wanted, kind: str, gpus: int | None) -> Iterator[dict[str, An
         yield entry
 
 
-def _register(client: SyncPrefectClient, entry: Mapping[str, Any], directory: str) -> None:
+def register(client: SyncPrefectClient, entry: Mapping[str, Any], directory: str) -> None:
     """Makes one deployment, or brings it up to date, with its schedules and triggers."""
     file, _, name = entry["entrypoint"].partition(":")
     flow: Flow[..., Any] = getattr(import_module(file.removesuffix(".py").replace("/", ".")), name)
@@ -130,7 +130,7 @@ def _automate(client: SyncPrefectClient, file: Path) -> str:
 
 
 @contextmanager
-def _api() -> Iterator[SyncPrefectClient]:
+def api() -> Iterator[SyncPrefectClient]:
     """A client of the API that PREFECT_API_URL names; UserError where there is none, or none that answers."""
     url = get_current_settings().api.url
     if not url:
