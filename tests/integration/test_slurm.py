@@ -181,7 +181,7 @@ def test_a_job_goes_on_when_nobody_reads_its_lines_any_more(cluster, tmp_path):
     command = [*start, *python(code, str(tmp_path / "go on"), str(tmp_path / "done"))]
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | cluster.env, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    while "at work" not in process.stdout.readline():
+    while process.stdout.readline() != "at work\n":
         assert process.poll() is None
     process.stdout.close()
     log = max((cluster.folder / "jobs").iterdir(), key=lambda path: path.stat().st_mtime_ns)
