@@ -233,7 +233,8 @@ def entry(config: dict[str, Any], *, pool: str = POOL, device: str = "auto", mod
         "tags": ["stagediff", "watch", RETRY_TAG],
         "parameters": {"config": body, "device": device, "mode": mode, "pool": pool},
         "work_pool": {"name": pool, "job_variables": {"env": dict(ENVIRONMENT)}},
-        "concurrency_limit": {"limit": 1, "collision_strategy": "ENQUEUE"},
+        # two looks at once could start two pipelines; a look that is dropped is made up by the next one (queued, they would pile up on a slow machine)
+        "concurrency_limit": {"limit": 1, "collision_strategy": "CANCEL_NEW"},
         "schedules": [{"interval": watcher.settings.every}],
         "triggers": triggers(watcher.run),
     }
