@@ -104,6 +104,24 @@ def test_two_ranks_give_the_same_bytes_again_and_a_forced_step_is_set_aside_once
     assert two.artifact(spec.ref).manifest.same_bytes is True
 
 
+def test_a_training_begun_by_one_process_is_continued_by_two(trained, planted, tmp_path):
+    spec, one, _ = trained
+    store = Store(tmp_path / "store")
+    tools().store_activations(store, planted)
+
+    def stop(task: Task) -> None:
+        if task.name == "train" and task.done > spec.budget.tokens / 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        steps.run(spec, store, device="cpu", progress=Progress(listener=stop))
+    ranks.run(spec, store, device="cpu", ranks=2)
+    manifest = store.artifact(spec.ref).manifest
+    assert 0 < manifest.notes["tokens_this_run"] < spec.budget.tokens
+    assert [writer.numerics["world_size"] for writer in manifest.writers] == [1, 2], "the change of class is recorded"
+    assert_same_weights(store, one, spec.ref)
+
+
 @pytest.mark.parametrize(("architecture", "dead"), [("relu", False), ("topk", False), ("topk", True), ("jumprelu", False)])
 def test_the_mean_of_the_slices_gradients_is_the_batchs(architecture, dead, planted):
     """float64, every architecture that can be shared out: equal to 1e-12."""
