@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN_DEMO := runs/demo
 
-.PHONY: help setup setup-dev demo test check soak clean
+.PHONY: help setup setup-dev demo test check soak deploy clean
 
 help:
 	@echo "make demo    set up, run the built-in case, write the report (about 7 minutes on two cores)"
 	@echo "make test    set up, run the tests"
 	@echo "make check   lint, types, import contracts"
+	@echo "make deploy  register all flows with the Prefect API that PREFECT_API_URL names (POOLS, GPUS, DEPLOY_OPTIONS: see infra/README.md)"
 	@echo "make soak    the long tests: many kills, many seeds"
 
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
@@ -41,6 +42,11 @@ check: setup-dev
 
 soak: setup-dev
 	$(BIN)/python -m pytest -m soak
+
+# POOLS="stagediff=process big=slurm": steps on both, pipelines on the first. GPUS=2 or GPUS="big=8"
+POOLS ?= stagediff=process
+deploy: setup
+	$(BIN)/python -m flows.deploy $(addprefix --pool ,$(POOLS)) $(addprefix --gpus ,$(GPUS)) $(DEPLOY_OPTIONS)
 
 clean:
 	rm -rf $(VENV) $(RUN_DEMO)

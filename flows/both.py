@@ -4,17 +4,26 @@ from typing import Any
 
 from prefect import flow
 
-from flows.session import Session
+from flows.children import cancel_children
+from flows.names import pipeline_name
+from flows.session import POOL, Mode, Session
 from flows.stagewise import stages
 from flows.track import walk
 
 __all__ = ["both"]
 
 
-@flow(name="both", flow_run_name="both · {config[name]}", persist_result=False)
-def both(config: dict[str, Any], store: str | None = None, device: str = "auto", force: list[str] | None = None) -> str:
+@flow(name="both", flow_run_name=pipeline_name("both"), persist_result=False, on_cancellation=[cancel_children])
+def both(
+    config: dict[str, Any],
+    store: str | None = None,
+    device: str = "auto",
+    force: list[str] | None = None,
+    mode: Mode = "inline",
+    pool: str = POOL,
+) -> str:
     """Runs what is missing; returns the report's reference. `force` names steps to compute again."""
-    run = Session(config, store, device=device, force=force or ())
+    run = Session(config, store, device=device, force=force or (), mode=mode, pool=pool)
     walk(run)
     stages(run)
     run.rest()

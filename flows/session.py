@@ -1,41 +1,91 @@
-"""A run of a plan inside a flow: starts what is missing, step by step, by the steps' names."""
+"""A run of a plan inside a flow: starts what is missing, in this process or as runs of their own.
 
+inline       one step at a time in the flow's own process: a laptop, tests, `stagediff run`
+deployments  every step a run of its own on a work pool, all whose inputs are there at the same time; the pools hold them back as far as they must
+
+Both ask the store alone what is done, so either continues what the other began.
+"""
+
+import logging
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
-from typing import Any
+from typing import Any, Literal
 
+from flows.places import absolute, check_store
 from stagediff.config import make_plan, parse_config
+from stagediff.errors import UserError
 from stagediff.plan import Node, Plan, Run
 from stagediff.store import Store
 from tasks.steps import compute
 
-__all__ = ["Session"]
+__all__ = ["POOL", "Mode", "Session"]
+
+Mode = Literal["inline", "deployments"]
+POOL = "stagediff"
+"""The work pool whose deployments steps go to where the config names no other."""
 
 
 class Session:
-    """The plan of a config, being run. Calling it with name patterns runs what matches and is missing, in the plan's order."""
+    """The plan of a config, being run. Calling it with name patterns runs what matches and is missing, in the plan's order.
 
-    def __init__(self, config: Mapping[str, Any], store: str | None = None, *, device: str = "auto", force: Iterable[str] = ()):
+    With `mode="deployments"` the order follows from what reads what, and `rest()` runs everything at once.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        store: str | None = None,
+        *,
+        device: str = "auto",
+        force: Iterable[str] = (),
+        mode: Mode = "inline",
+        pool: str = POOL,
+    ):
+        if mode == "deployments":
+            logging.getLogger("stagediff").setLevel(logging.INFO)  # Prefect's handler is there, but the level drops what the library says
         self.config = parse_config(config, store=store)
-        self.store = Store(self.config.store)
+        check_store(self.config.store)
+        self.store = Store(absolute(self.config.store) if mode == "deployments" else self.config.store)
         self.plan: Plan = make_plan(self.config, self.store)
-        self.device = device
-        self._run = Run(self.plan, self.store, force=force, keep=self.config.keep)
+        self.device, self.mode, self.pool = device, mode, pool
+        self.steps_run = Run(self.plan, self.store, force=self._names(force), keep=self.config.keep)
         self._seen: set[str] = set()
 
     def __call__(self, *patterns: str) -> None:
         """Runs the steps whose names match; a pattern may match nothing (a run on given models makes no organism)."""
+        if self.mode == "deployments":
+            return
         for node in self.plan:
             if node.name not in self._seen and any(fnmatch(node.name, pattern) for pattern in patterns):
                 self._compute(node)
 
     def rest(self) -> None:
         """Runs what no pattern has named yet: the steps of rooms that extend this kind of run, and the report."""
-        self("*")
+        if self.mode == "deployments":
+            from flows.schedule import run_all
+
+            run_all(self)
+        else:
+            self("*")
 
     def _compute(self, named: Node) -> None:
         self._seen.add(named.name)
-        for node in self._run.due(named):
-            again = self._run.is_forced(node)
-            compute(node.name, node.spec.step, node.spec.model_dump(mode="json"), self.store.root, device=self.device, force=again)
-            self._run.finished(node)
+        report = self.plan["report"].ref if "report" in self.plan else None
+        for node in self.steps_run.due(named):
+            again = self.steps_run.is_forced(node)
+            body = node.spec.model_dump(mode="json")
+            compute(node.name, node.spec.step, body, self.store.root, device=self.device, force=again, report=report)
+            self.steps_run.finished(node)
+
+    def _names(self, given: Iterable[str]) -> list[str]:
+        """The steps' names as the plan has them: whoever types "finetune-d" into a form means finetune-D."""
+        names: dict[str, list[str]] = {}
+        for node in self.plan:
+            names.setdefault(node.name.lower(), []).append(node.name)
+        out = []
+        for name in given:
+            alike = names.get(name.lower(), [])
+            if name not in self.plan and len(alike) > 1:
+                raise UserError(f"force names {name}, which may mean {' or '.join(alike)}: write it as it stands there.")
+            out.append(name if name in self.plan or not alike else alike[0])
+        return out

@@ -9,15 +9,24 @@ from typing import Any
 
 from prefect import flow
 
-from flows.session import Session
+from flows.children import cancel_children
+from flows.names import pipeline_name
+from flows.session import POOL, Mode, Session
 
 __all__ = ["track", "walk"]
 
 
-@flow(name="sae-track", flow_run_name="sae-track · {config[name]}", persist_result=False)
-def track(config: dict[str, Any], store: str | None = None, device: str = "auto", force: list[str] | None = None) -> str:
+@flow(name="sae-track", flow_run_name=pipeline_name("sae-track"), persist_result=False, on_cancellation=[cancel_children])
+def track(
+    config: dict[str, Any],
+    store: str | None = None,
+    device: str = "auto",
+    force: list[str] | None = None,
+    mode: Mode = "inline",
+    pool: str = POOL,
+) -> str:
     """Runs what is missing of a tracked run; returns the report's reference. `force` names steps to compute again."""
-    run = Session(config, store, device=device, force=force or ())
+    run = Session(config, store, device=device, force=force or (), mode=mode, pool=pool)
     walk(run)
     run.rest()
     return run.plan["report"].ref

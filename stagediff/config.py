@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from stagediff import steps
 from stagediff.errors import UserError
+from stagediff.resources import StepResources, checked
 from stagediff.spec import Value
 
 if TYPE_CHECKING:
@@ -38,11 +39,17 @@ class RunConfig(Value):
     """Default of every other seed."""
     keep: Literal["all", "tables"] = "all"
     """all | tables: bulk activation shards are dropped once every step that needs them is done."""
-    resources: dict[str, dict[str, Any]] = {}
+    resources: dict[str, StepResources] = {}
     """Step name -> what it wants on a cluster ({gpus: 4}). No part of any key."""
     report: ReportConfig = ReportConfig()
     extensions: dict[str, Any] = {}
     """Settings of rooms that extend this kind of run, by their name at the file's top level."""
+
+    @field_validator("resources")
+    @classmethod
+    def _steps_can(cls, value: dict[str, StepResources]) -> dict[str, StepResources]:
+        checked(value)
+        return value
 
 
 class _Loader(yaml.SafeLoader):

@@ -148,6 +148,31 @@ class Run:
                 wanted.update(n.spec.refs())
         return [n for n in self.plan if n.ref in wanted and n.ref in self._missing] if node.ref in self._missing else []
 
+    def ready(self) -> list[Node]:
+        """What could run now, side by side: the missing steps of which nothing that they depend on, however far, is missing; in the plan's order."""
+        held: set[Ref] = set()  # missing, or after something missing
+        ready = []
+        for node in self.plan:
+            waits = not held.isdisjoint(node.spec.refs())
+            if node.ref in self._missing and not waits:
+                ready.append(node)
+            if node.ref in self._missing or waits:
+                held.add(node.ref)
+        return ready
+
+    @property
+    def bulk(self) -> int:
+        """How many activations that go again one day lie in the store now."""
+        held = (n.ref for n in self.plan if n.spec.kind == "activations" and n.ref not in self.plan.kept)
+        return sum(self._states[ref] is State.COMPLETE for ref in held)
+
+    @property
+    def is_done(self) -> bool:
+        return not self._missing
+
+    def is_finished(self, node: Node) -> bool:
+        return node.ref not in self._missing
+
     def finished(self, node: Node) -> None:
         """Call after each step that ran. What reads a forced step whose bytes changed is forced too; idle activations go where only tables are kept."""
         self._states[node.ref] = State.COMPLETE

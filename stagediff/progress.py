@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,8 @@ class Task:
             self.note = note
         seconds = max(time.monotonic() - self._start, 1e-9)
         rate = f"{self.done / seconds:,.0f} {self.unit}/s"
+        if self._owner.listener is not None:
+            self._owner.listener(self)
         if self._bar is not None:
             self._owner._bars.update(self._bar, completed=self.done, rate=rate, note=self.note)
         elif time.monotonic() - self._logged > self._owner.log_every:
@@ -49,11 +51,15 @@ class Task:
 
 
 class Progress:
-    """Shows what runs. `interactive=None` means: bars when standard error is a terminal."""
+    """Shows what runs. `interactive=None` means: bars when standard error is a terminal.
 
-    def __init__(self, interactive: bool | None = None, log_every: float = 10.0):
+    `listener` is told of every advance besides (it must be quick): how progress reaches a user interface that this library does not know.
+    """
+
+    def __init__(self, interactive: bool | None = None, log_every: float = 10.0, listener: Callable[[Task], None] | None = None):
         self.interactive = sys.stderr.isatty() if interactive is None else interactive
         self.log_every = log_every
+        self.listener = listener
         self._bars: Any = None  # rich.progress.Progress while a step runs in a terminal
 
     @contextmanager

@@ -67,6 +67,13 @@ class Step:
     """For `stagediff plan`: "module:function", (spec, plan) -> Estimate (see `stagediff.estimate`)."""
     check: str | None = None
     """"module:function", (spec) -> None: raises UserError for what can be known to be wrong before any step of the run computes."""
+    assist: str | None = None
+    """"module:function", (spec, store, device) -> None: the part of every rank but the first, where several compute the step together."""
+
+    @property
+    def by_ranks(self) -> bool:
+        """Whether several processes of one node can share the work, by shards or by slices of every batch (`stagediff.ranks`)."""
+        return self.resources.sharded or self.assist is not None
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,18 @@ from functools import cache
 from typing import Any
 
 from prefect import Task, get_run_logger, task
-from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
 from prefect.tasks import exponential_backoff
 
-from stagediff import steps
+from stagediff import ranks, steps
 from stagediff.errors import StagediffError
 from stagediff.progress import Progress
 from stagediff.spec import Ref
+from stagediff.store import State as Stored
 from stagediff.store import Store
+from tasks.display import Reporter, show_result
 
 __all__ = ["compute", "task_for"]
 
@@ -46,9 +47,22 @@ def task_for(step: str) -> Task[..., str]:
     )(_compute)
 
 
-def compute(name: str, step: str, spec: dict[str, Any], store: str, *, device: str = "auto", force: bool = False) -> Ref:
-    """Runs one step as a task of its own name within the current flow; returns its artifact's reference."""
-    return Ref(task_for(step)(name=name, step=step, spec=spec, store=store, device=device, force=force))
+def compute(
+    name: str,
+    step: str,
+    spec: dict[str, Any],
+    store: str,
+    *,
+    device: str = "auto",
+    force: bool = False,
+    part: tuple[int, int] = (0, 1),
+    report: str | None = None,
+) -> Ref:
+    """Runs one step as a task of its own name within the current flow; returns its artifact's reference.
+
+    `part`: (i, n), this worker's share of a sharded step. `report`: the reference of the run's report, to which the UI shows a link.
+    """
+    return Ref(task_for(step)(name=name, step=step, spec=spec, store=store, device=device, force=force, part=part, report=report))
 
 
 def is_fault_of_the_moment(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
@@ -65,25 +79,28 @@ def is_fault_of_the_moment(task: Task[..., Any], run: TaskRun, state: State[Any]
     return False
 
 
-def _compute(name: str, step: str, spec: dict[str, Any], store: str, device: str = "auto", force: bool = False) -> str:
+def _compute(
+    name: str,
+    step: str,
+    spec: dict[str, Any],
+    store: str,
+    device: str = "auto",
+    force: bool = False,
+    part: tuple[int, int] = (0, 1),
+    report: str | None = None,
+) -> str:
     opened = Store(store)
     full = steps.spec_from_json(step, spec)
-    was_there = opened.artifact(full.ref).is_complete and not force
-    ref = steps.run(full, opened, device=device, progress=Progress(), force=force, name=name)
-    if TaskRunContext.get():
-        _show(name, ref, opened, was_there)
+    artifact = opened.artifact(full.ref)
+    was_there = artifact.state is Stored.COMPLETE and not force
+    if not TaskRunContext.get():
+        return ranks.run(full, opened, device=device, part=part, force=force, name=name)
+    with Reporter(name, full.key) as reporter:
+        ref = ranks.run(full, opened, device=device, part=part, progress=Progress(listener=reporter), force=force, name=name)
+    if artifact.state is Stored.COMPLETE:
+        how = "was complete, nothing was computed" if was_there else "computed"
+        show_result(name, ref, opened, how, report)
+    else:
+        how = f"part {part[0] + 1} of {part[1]} is done, others' shards are missing"
+    get_run_logger().info("%s: %s at %s/%s", name, how, opened.root, ref)
     return ref
-
-
-def _show(name: str, ref: Ref, store: Store, was_there: bool) -> None:
-    """A small artifact in the UI: the step's key figures and where its data is."""
-    manifest = store.artifact(ref).manifest
-    rows = "\n".join(f"| {key} | {_short(value)} |" for key, value in {**manifest.figures, **manifest.notes}.items())
-    how = "was complete, nothing was computed" if was_there else "computed"
-    text = f"**{name}** — {how}\n\n`{store.root}/{ref}`\n\n| figure | value |\n|---|---|\n{rows}\n"
-    create_markdown_artifact(text, key=f"{name}-{ref.key[:8]}".lower().replace("_", "-"), description=name)
-    get_run_logger().info("%s: %s at %s/%s", name, how, store.root, ref)
-
-
-def _short(value: Any) -> str:
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)[:200]

@@ -12,7 +12,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from stagediff import __version__, steps
-from stagediff.cli import keeping, looking, runs
+from stagediff.cli import keeping, looking, runs, watching
 from stagediff.errors import StagediffError
 
 __all__ = ["app", "main"]
@@ -70,6 +70,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "run": runs.run,
     "demo": runs.demo,
     "plan": runs.plan,
+    "watch": watching.watch,
     "report": runs.report,
     "ls": looking.ls,
     "show": looking.show,

@@ -17,7 +17,7 @@ from stagediff.errors import DamagedError, UserError
 from stagediff.plan import Plan, execute
 from stagediff.store import Store
 
-__all__ = ["builtin_config", "demo", "plan", "report", "run"]
+__all__ = ["builtin_config", "demo", "plan", "report", "run", "start"]
 
 
 def builtin_config(name: str) -> Path:
@@ -124,7 +124,7 @@ def _run(config: RunConfig, device: str, force: list[str], runner: str, as_json:
     with _naming_steps(made):
         if missing or force:
             store.check_writable()
-            _start(config, made, store, device, force, runner)
+            start(config, made, store, device, force, runner)
         _summary(made, store, computed=[n.name for n in missing], as_json=as_json)
 
 
@@ -140,7 +140,8 @@ def _naming_steps(made: Plan) -> Iterator[None]:
         raise
 
 
-def _start(config: RunConfig, made: Plan, store: Store, device: str, force: list[str], runner: str) -> None:
+def start(config: RunConfig, made: Plan, store: Store, device: str, force: list[str], runner: str) -> None:
+    """Runs what is missing of a plan, as the runner does it."""
     if runner == "plain":
         execute(made, store, device=device, force=force, keep=config.keep)
         return

@@ -1,6 +1,7 @@
 """The config of a stage-wise run (`kind: stagewise`), as design and README show it."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -58,6 +59,16 @@ class StagewiseConfig(RunConfig):
     finetune: FinetuneConfig = FinetuneConfig()
     diff: DiffConfig = DiffConfig()
     statistics: StatisticsConfig = StatisticsConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _watched(cls, body: Any) -> Any:
+        """A run that is watched diffs every checkpoint that is found (see stagediff.watch): it need not name a finetuned model."""
+        watch = (body.get("extensions") or {}).get("watch") if isinstance(body, Mapping) else None
+        models = body.get("models") if isinstance(body, Mapping) else None
+        if not isinstance(watch, Mapping) or not watch.get("source") or not isinstance(models, Mapping):
+            return body
+        return {**body, "models": {"finetuned": {"name": watch["source"], "revision": watch.get("revision")}, **models}}
 
     @model_validator(mode="after")
     def _consistent(self) -> "StagewiseConfig":

@@ -114,6 +114,10 @@ class _Builder:
 
     def _check_named_models(self, base: ModelConfig, finetuned: ModelConfig) -> None:
         self.named = {}
+        if "{step}" in (finetuned.name or "") + (finetuned.revision or ""):
+            raise UserError(
+                f"models.finetuned is every checkpoint that {finetuned.name!r} leads to. `stagediff watch` diffs each of them; for a single one, name it."
+            )
         if base.name:
             self.named["base"] = resolve_model(name=base.name, revision=base.revision, adapter=base.adapter)
         if finetuned.name:

@@ -5,10 +5,13 @@ huggingface_hub is imported when a hub name is met, not before: local folders ne
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from stagediff.errors import UserError
 
 __all__ = ["ask", "commit", "file"]
+
+T = TypeVar("T")
 
 
 def commit(name: str, revision: str | None) -> str:
@@ -31,14 +34,14 @@ def file(name: str, path: str, revision: str | None) -> Path:
     return Path(ask(name, lambda offline: huggingface_hub.hf_hub_download(name, path, revision=revision, local_files_only=offline)))
 
 
-def ask(what: str, question: Callable[[bool], str]) -> str:
+def ask(what: str, question: Callable[[bool], T]) -> T:
     """Asks the hub, and its local cache when the hub does not answer. Raises UserError when neither knows it."""
     from huggingface_hub import constants, errors
 
     reason: Exception | None = None
     if not constants.is_offline_mode():
         try:
-            return str(question(False))
+            return question(False)
         except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
             first = str(error).strip().splitlines()[0]
             raise UserError(
@@ -48,7 +51,7 @@ def ask(what: str, question: Callable[[bool], str]) -> str:
         except Exception as error:  # no network, in one of many forms: the cache may still know
             reason = error
     try:
-        return str(question(True))
+        return question(True)
     except Exception as error:
         said = (
             str(reason).strip().splitlines()[0]

@@ -98,7 +98,7 @@ def load_model(
     else:
         sources.check_unchanged(source)
         assert source.name is not None
-        where, revision = source.name, source.revision
+        where, revision = sources.local_copy(source.name), source.revision
         tokenizer_from = (where, revision)
     config = _config(where, revision)
     if upto is not None:
@@ -122,7 +122,7 @@ def check_harvest(spec: HarvestSpec) -> None:
     """Raises UserError for a model outside the store whose architecture cannot be harvested. Reads its config, loads no weight."""
     if spec.model.artifact is None:
         assert spec.model.name is not None
-        _check_architecture(spec.model.name, spec.model.revision, spec.hook.layer)
+        _check_architecture(sources.local_copy(spec.model.name, ("config.json",)), spec.model.revision, spec.hook.layer)
 
 
 @cache
@@ -150,7 +150,7 @@ def load_tokenizer(source: TokenizerSource, store: "Store | None" = None) -> Pre
             f"The tokenizer {source.name} has changed since this run was planned (digest {source.digest[:12]} then, {(now or '')[:12]} "
             "now). Plan the run again."
         )
-    return _tokenizer(source.name, source.revision)
+    return _tokenizer(sources.local_copy(source.name, sources.TOKENIZER_FILES), source.revision)
 
 
 def _config(where: str, revision: str | None) -> Any:
@@ -224,6 +224,7 @@ def _merge(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     except ImportError as error:
         raise UserError(f"The adapter {adapter} needs the package peft, which is not installed. Install it (pip install peft).") from error
 
+    adapter = sources.local_copy(adapter)
     name, revision = (adapter, None) if Path(adapter).exists() else (adapter.partition("@")[0], adapter.partition("@")[2] or None)
     try:
         with _quiet():

@@ -1,18 +1,19 @@
 """A user's words (paths, hub names, revisions) turned into sources with digests, and checked, before any work.
 
-A local folder is known by the sha256 of its config, weights and tokenizer; a hub repository by its commit, to which the source is pinned;
-a tokenizer always by its files' contents, so that two models with the same tokenizer share their token rows. Checks read `config.json`
-only: no weight is loaded, and neither torch nor transformers is imported here.
+A local folder is known by the sha256 of its config, weights and tokenizer, one behind a URL too (s3://bucket/model: see `remote`); a hub
+repository by its commit, to which the source is pinned; a tokenizer always by its files' contents, so that two models with the same tokenizer
+share their token rows. Checks read `config.json` only: no weight is loaded, and neither torch nor transformers is imported here.
 """
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stagediff.digest import file_digest, files_digest
 from stagediff.errors import UserError
-from stagediff.lm import hub
+from stagediff.lm import hub, remote
 from stagediff.lm.spec import HookPoint, ModelSource, TokenizerSource
 from stagediff.spec import Ref
 
@@ -25,6 +26,7 @@ __all__ = [
     "check_hook",
     "check_models",
     "check_unchanged",
+    "local_copy",
     "model_config",
     "n_layers",
     "resolve_model",
@@ -46,6 +48,7 @@ TOKENIZER_FILES = (
 )
 CONFIG_FILES = ("config.json", "generation_config.json")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_SHARD = re.compile(r"(model|pytorch_model)[^/]*-of-[^/]*\.(safetensors|bin)")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 SHAPE_FIELDS = {
     "architecture": ("model_type",),
@@ -72,12 +75,12 @@ def resolve_model(*, name: str, revision: str | None = None, adapter: str | None
     if adapter is not None:
         adapter, adapter_digest = _resolve_adapter(adapter)
         digest = hashlib.sha256(f"{digest}+{adapter_digest}".encode()).hexdigest()
-    return ModelSource(name=str(folder) if folder is not None else name, revision=revision, adapter=adapter, digest=digest)
+    return ModelSource(name=_known_as(name, folder), revision=revision, adapter=adapter, digest=digest)
 
 
 def resolve_tokenizer(*, name: str, revision: str | None = None) -> TokenizerSource:
     """The tokenizer that a path (a folder, or a tokenizer.json) or hub name means now, by its files' contents. Raises UserError as `resolve_model`."""
-    folder = _local_folder(name)
+    folder = _local_folder(name, TOKENIZER_FILES)
     commit = None if folder is not None else hub.commit(name, revision)
     files = _tokenizer_files(folder if folder is not None else name, commit)
     if not files:
@@ -85,7 +88,12 @@ def resolve_tokenizer(*, name: str, revision: str | None = None) -> TokenizerSou
             f"{name!r} holds no tokenizer (none of {', '.join(TOKENIZER_FILES[:1] + TOKENIZER_FILES[4:8])}). Save the model's tokenizer "
             "beside it, or name another tokenizer."
         )
-    return TokenizerSource(name=str(folder) if folder is not None else name, revision=commit, digest=files_digest(files, files[0].parent))
+    return TokenizerSource(name=_known_as(name, folder), revision=commit, digest=files_digest(files, files[0].parent))
+
+
+def local_copy(name: str, only: tuple[str, ...] | None = None) -> str:
+    """What transformers can load: a path for a URL (its files in this machine's cache), anything else as it is. `only`: the files that are needed."""
+    return str(_local_folder(name, only)) if remote.is_remote(name) else name
 
 
 def check_unchanged(source: ModelSource) -> None:
@@ -150,7 +158,7 @@ def model_config(source: ModelSource, store: "Store | None" = None) -> dict[str,
         path = artifact_folder(source.artifact, source.checkpoint, store, only=("config.json",)) / "config.json"
     else:
         assert source.name is not None
-        folder = _local_folder(source.name)
+        folder = _local_folder(source.name, ("config.json",))
         path = folder / "config.json" if folder is not None else hub.file(source.name, "config.json", source.revision)
     try:
         config = json.loads(path.read_text())
@@ -193,8 +201,13 @@ def _short(digest: str | None) -> str:
 # --- local folders ---------------------------------------------------------------------------------------------------
 
 
-def _local_folder(name: str) -> Path | None:
-    """The folder (or single file) that `name` means; None when it can only be a hub name. Raises UserError for a path that is missing."""
+def _local_folder(name: str, only: tuple[str, ...] | None = None) -> Path | None:
+    """The folder (or single file) that `name` means; None when it can only be a hub name. Raises UserError for a path that is missing.
+
+    A URL means a copy in the cache, of the files in `only`, or of all that make a model.
+    """
+    if remote.is_remote(name):
+        return remote.copy_of(name, _is_of_a_model if only is None else only.__contains__)
     path = Path(name).expanduser()
     if path.exists():
         return path.resolve()
@@ -205,6 +218,15 @@ def _local_folder(name: str) -> Path | None:
             "owner/model was expected."
         )
     return None
+
+
+def _known_as(name: str, folder: Path | None) -> str:
+    """How a source is named: by its full path, its URL, or its hub name."""
+    return name if folder is None or remote.is_remote(name) else str(folder)
+
+
+def _is_of_a_model(file: str) -> bool:
+    return file in (*CONFIG_FILES, *TOKENIZER_FILES, *ADAPTER_FILES, *WEIGHTS) or _SHARD.fullmatch(file) is not None
 
 
 def _folder_digest(folder: Path) -> str:
@@ -268,7 +290,7 @@ def _resolve_adapter(adapter: str) -> tuple[str, str]:
             f"{folder} is no PEFT adapter: adapter_config.json and adapter_model.safetensors were expected. For a whole model use `name:` "
             "instead of `adapter:`."
         )
-    return str(folder), files_digest(files, folder)
+    return _known_as(name, folder), files_digest(files, folder)
 
 
 def artifact_folder(ref: Ref, checkpoint: str | None, store: "Store", only: tuple[str, ...] | None = None) -> Path:
@@ -318,7 +340,7 @@ def _tokenizer_content(source: ModelSource, store: "Store | None") -> Any:
         where: Path | str = artifact_folder(source.artifact, None, store, only=TOKENIZER_FILES)
     else:
         assert source.name is not None
-        where = _local_folder(source.name) or source.name
+        where = _local_folder(source.name, TOKENIZER_FILES) or source.name
     files = {p.name: p for p in _tokenizer_files(where, source.revision)}
     if "tokenizer.json" in files:
         content = json.loads(files["tokenizer.json"].read_text())

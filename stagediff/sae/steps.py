@@ -3,8 +3,26 @@
 from stagediff.sae import spec
 from stagediff.steps import Resources, Step, register
 
-register(Step("train", spec.TrainSpec, "stagediff.sae.train:compute", Resources(gpus=1), estimate="stagediff.sae.estimate:training"))
-register(Step("finetune", spec.FinetuneSpec, "stagediff.sae.train:compute", Resources(gpus=1), estimate="stagediff.sae.estimate:training"))
+register(
+    Step(
+        "train",
+        spec.TrainSpec,
+        "stagediff.sae.train:compute",
+        Resources(gpus=1),
+        estimate="stagediff.sae.estimate:training",
+        assist="stagediff.sae.train:assist",
+    )
+)
+register(
+    Step(
+        "finetune",
+        spec.FinetuneSpec,
+        "stagediff.sae.train:compute",
+        Resources(gpus=1),
+        estimate="stagediff.sae.estimate:training",
+        assist="stagediff.sae.train:assist",
+    )
+)
 register(Step("import", spec.ImportSpec, "stagediff.sae.formats:compute"))
 register(
     Step(

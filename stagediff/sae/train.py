@@ -24,13 +24,15 @@ from stagediff.sae.gradients import Gradient
 from stagediff.sae.initial import MEASURED_TOKENS, fresh, measure
 from stagediff.sae.layout import CFG, OPTIMISER, WEIGHTS, optimiser_state, to_bytes
 from stagediff.sae.metrics import evaluate, explained_variance
+from stagediff.sae.parallel import Team
 from stagediff.sae.revive import REVIVED, REVIVED_COLUMNS, resample
 from stagediff.sae.spec import FinetuneSpec, TrainSpec
 from stagediff.sae.trainer import Trainer
 from stagediff.sae.transport import fit, moments, transport
 from stagediff.steps import Job
+from stagediff.store import Store
 
-__all__ = ["CURVE", "CURVE_COLUMNS", "CURVE_ROWS", "EVALUATED_TOKENS", "compute"]
+__all__ = ["CURVE", "CURVE_COLUMNS", "CURVE_ROWS", "EVALUATED_TOKENS", "assist", "compute"]
 
 CURVE = "curve.parquet"
 CURVE_ROWS = 200
@@ -78,13 +80,10 @@ def compute(spec: TrainSpec | FinetuneSpec, job: Job) -> dict[str, Any]:
     """
     data = ActivationReader(job.store, spec.data)
     budget = spec.budget
-    steps = budget.tokens // budget.batch
-    if not steps:
-        raise UserError(
-            f"The training budget is {budget.tokens:,} tokens, less than one batch of {budget.batch:,}. Give more tokens, or a smaller batch."
-        )
+    steps = _steps(spec)
     order = Order(spec.order_seed, shard_sizes(data))
-    trainer, record = _begin(spec, job, data, steps)
+    trainer, record = _begin(spec, job, data)
+    trainer.team.agree(trainer)
     _train(spec, job, trainer, data, order, record)
     sae = trainer.dictionary()
     figures = _figures(sae, data, order, spec, job.device)
@@ -102,36 +101,66 @@ def compute(spec: TrainSpec | FinetuneSpec, job: Job) -> dict[str, Any]:
     return {"tokens": steps * budget.batch, "loss": record.curve[-1][2], **begun, **figures}
 
 
-def _begin(spec: TrainSpec | FinetuneSpec, job: Job, data: Activations, steps: int) -> tuple[Trainer, _Record]:
+def assist(spec: TrainSpec | FinetuneSpec, store: Store, device: str) -> None:
+    """What every rank but the first does of `compute`: its slice of every batch from where the first stands. Writes nothing."""
+    data = ActivationReader(store, spec.data)
+    order = Order(spec.order_seed, shard_sizes(data))
+    trainer = _trainer(spec, _start(spec, store, data).to(device))
+    trainer.team.agree(trainer)
+    revivals = _revivals(spec, trainer.steps)
+    for x in batches(data, order, spec.budget.batch, trainer.step, trainer.steps, device):
+        if trainer.step in revivals:  # the first one resamples
+            trainer.team.agree(trainer)
+        outcome = trainer.train_on(x)
+        if _is_row(trainer):
+            _row(trainer, x, outcome)
+
+
+def _steps(spec: TrainSpec | FinetuneSpec) -> int:
+    budget = spec.budget
+    if budget.tokens < budget.batch:
+        raise UserError(
+            f"The training budget is {budget.tokens:,} tokens, less than one batch of {budget.batch:,}. Give more tokens, or a smaller batch."
+        )
+    return budget.tokens // budget.batch
+
+
+def _trainer(spec: TrainSpec | FinetuneSpec, sae: SAE) -> Trainer:
+    """A training from `sae` on, at step 0."""
+    team = Team()
+    team.check(sae.architecture, spec.budget.batch)
+    anchor = spec.anchor if isinstance(spec, FinetuneSpec) else 0.0
+    return Trainer(sae, spec.budget, _steps(spec), isinstance(spec, TrainSpec), _dtype(spec.compute), anchor, team)
+
+
+def _begin(spec: TrainSpec | FinetuneSpec, job: Job, data: Activations) -> tuple[Trainer, _Record]:
     """The training where it was left, or at step 0."""
     saved = job.writer.training.latest()
-    sae = _start(spec, job, data).to(job.device)
-    anchor = spec.anchor if isinstance(spec, FinetuneSpec) else 0.0
-    arguments = spec.budget, steps, isinstance(spec, TrainSpec), _dtype(spec.compute), anchor
+    sae = _start(spec, job.store, data).to(job.device)
     if saved is not None:
         step, tensors, meta = saved
         record = _Record(tensors.pop("curve").tolist(), tensors.pop("revived", torch.zeros(0)).tolist(), meta)
-        trainer = Trainer(sae, *arguments)
+        trainer = _trainer(spec, sae)
         trainer.restore(step, tensors)
         return trainer, record
     record = _Record([], [], {})
     if isinstance(spec, TrainSpec):
-        return Trainer(sae, *arguments), record
+        return _trainer(spec, sae), record
     carried = optimiser_state(job.artifact(spec.start)) if spec.optimiser == "carried" else None
     if spec.paired is not None:
         sae, record.figures = _transported(spec, job, data, sae)
-    trainer = Trainer(sae, *arguments)
+    trainer = _trainer(spec, sae)
     if carried is not None:
         trainer.carry(carried)
     return trainer, record
 
 
-def _start(spec: TrainSpec | FinetuneSpec, job: Job, data: Activations) -> SAE:
+def _start(spec: TrainSpec | FinetuneSpec, store: Store, data: Activations) -> SAE:
     """The dictionary that is trained, or trained on."""
     if isinstance(spec, TrainSpec):
         scale, mean = measure(data)
         return fresh(spec.dictionary, scale, mean, spec.seed)
-    sae = SAE.load(job.artifact(spec.start))
+    sae = SAE.load(store.artifact(spec.start).require())
     if sae.d != data.d:
         raise UserError(
             f"The dictionary {spec.start} reads vectors of width {sae.d}, the activations {spec.data.base} have width {data.d}. "
@@ -203,7 +232,6 @@ def _train(spec: TrainSpec | FinetuneSpec, job: Job, trainer: Trainer, data: Act
     """Runs the steps that are left; adds to the record."""
     budget, steps, rows = spec.budget, trainer.steps, record.curve
     revivals = _revivals(spec, steps)
-    every = max(1, steps // CURVE_ROWS)
     keep = max(1, spec.checkpoint_tokens // budget.batch)
     first, begin = trainer.step, time.perf_counter()
     stream = batches(data, order, budget.batch, first, steps, job.device)
@@ -212,9 +240,10 @@ def _train(spec: TrainSpec | FinetuneSpec, job: Job, trainer: Trainer, data: Act
             if trainer.step in revivals:
                 assert isinstance(spec, FinetuneSpec)
                 _revive(spec, job, data, order, trainer, record)
+                trainer.team.agree(trainer)
             outcome = trainer.train_on(x)
             step = trainer.step
-            if step % every == 0 or step in (1, steps):
+            if _is_row(trainer):
                 rows.append(_row(trainer, x, outcome))
                 task.note = f"loss {rows[-1][2]:.3g} ev {rows[-1][5]:.3f}"
             task.advance(len(x))
@@ -226,12 +255,17 @@ def _train(spec: TrainSpec | FinetuneSpec, job: Job, trainer: Trainer, data: Act
     job.notes.update(tokens_this_run=done, training_seconds=round(seconds, 3), tokens_per_second=round(done / seconds) if done else 0)
 
 
+def _is_row(trainer: Trainer) -> bool:
+    """Whether the step just done has a row in the curve."""
+    return trainer.step % max(1, trainer.steps // CURVE_ROWS) == 0 or trainer.step in (1, trainer.steps)
+
+
 def _row(trainer: Trainer, x: Tensor, outcome: Gradient) -> list[float]:
-    """A row of the curve. Waits for the device."""
+    """A row of the curve. Waits for the device, and for the other ranks: each of them makes it."""
     x = x.float()
     scale = trainer.input_scale
     variance = (x - x.mean(0)).square().sum() / len(x)
-    l0 = (outcome.f > 0).sum() / len(x)
+    l0 = trainer.team.mean((outcome.f > 0).sum() / len(outcome.f))
     values = torch.stack([v.double() for v in (outcome.loss, outcome.error, outcome.sparsity, variance, l0, trainer.silent_share())])
     loss, error, sparsity, total, active, dead = values.tolist()
     _require_finite(loss, trainer.step)

@@ -11,6 +11,7 @@ from stagediff.sae.batchtopk import followed
 from stagediff.sae.dictionary import ARCHITECTURES, SAE
 from stagediff.sae.gradients import Context, Gradient
 from stagediff.sae.optimiser import Optimiser, clip, pull, rate
+from stagediff.sae.parallel import Team
 from stagediff.sae.spec import Budget
 
 __all__ = ["DEAD_EVERY", "Trainer"]
@@ -24,11 +25,14 @@ class Trainer:
     """A dictionary in training for `steps` steps.
 
     `warms_up`: whether the sparsity weight rises from 0 (training from scratch); finetunes keep it constant. `anchor`: how strongly all
-    parameters are drawn to where they start (`optimiser.pull`).
+    parameters are drawn to where they start (`optimiser.pull`). `team`: the ranks it is shared with; all of them take every step.
     """
 
-    def __init__(self, sae: SAE, budget: Budget, steps: int, warms_up: bool, compute: torch.dtype, anchor: float = 0.0):
+    def __init__(
+        self, sae: SAE, budget: Budget, steps: int, warms_up: bool, compute: torch.dtype, anchor: float = 0.0, team: Team | None = None
+    ):
         self.budget, self.steps, self.step = budget, steps, 0
+        self.team = team or Team()
         self._sae = sae.copy()
         self._warms_up, self._compute = warms_up, compute
         self._gradient = ARCHITECTURES[sae.architecture].gradient
@@ -49,13 +53,13 @@ class Trainer:
 
     @torch.no_grad()
     def train_on(self, x: Tensor) -> Gradient:
-        """One step on a batch x [B, d] in raw units. Returns its figures, taken before the update."""
+        """One step on a batch x [B, d] in raw units. Returns its figures, taken before the update; `f` is that of this rank's slice."""
         config = self._sae.config
         if config.auxk and self.step % DEAD_EVERY == 0:
             self._dead = (self._silent >= config.dead_after).nonzero()[:, 0]
         context = Context(config, self.sparsity_weight, self._compute, self._dead if len(self._dead) else None)
-        scaled = x.to(self.parameters["b_dec"].dtype) * self._sae.input_scale
-        outcome = self._gradient(self.parameters, scaled, context)
+        scaled = self.team.slice_of(x).to(self.parameters["b_dec"].dtype) * self._sae.input_scale
+        outcome = self.team.reduce(self._gradient(self.parameters, scaled, context))
         clip(outcome.gradients, self.budget.clip)
         lr = rate(self.step, self.steps, self.budget)
         self._optimiser.step(outcome.gradients, lr)

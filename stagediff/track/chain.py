@@ -9,6 +9,7 @@ probe rows, statistics and dictionaries.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from stagediff.errors import UserError
@@ -53,6 +54,11 @@ def plan(config: TrackConfig, store: Store) -> Plan:
 
 def add_chain(config: TrackConfig, into: Plan) -> Chain:
     """Adds the run's steps to a plan."""
+    if (named := len(config.checkpoints.steps)) < 2:
+        raise UserError(
+            f"This run names {named or 'no'} checkpoint{'' if named == 1 else 's'}, and a chain needs two. It is to be watched: `stagediff watch` "
+            "finds them; or name them under checkpoints.steps."
+        )
     return _Builder(config, into).build()
 
 
@@ -126,12 +132,15 @@ class _Builder:
         self.models = {}
         for t in self.steps:
             try:
-                self.models[t] = resolve_model(**self.config.model.at(t))
+                self.models[t] = self.config.model.pinned(t) or resolve_model(**self.config.model.at(t))
             except UserError as error:
                 raise UserError(f"Checkpoint {t} of {list(self.steps)} cannot be had. {error}") from None
         last = self.models[self.steps[-1]]
         check_hook(last, self.config.hook)
         for t in self.steps[:-1]:
+            found = self.config.model.found.get(t)
+            if found and not Path(found.name).is_dir():  # elsewhere, or gone: it was checked when it was new
+                continue
             try:
                 check_models(last, self.models[t])
             except UserError as error:

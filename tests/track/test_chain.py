@@ -206,7 +206,7 @@ def test_the_last_checkpoint_of_an_organism_is_its_final_weights(tmp_path):
         ({"steps": [0, 4, 2]}, "steps must ascend"),
         ({"steps": [0, 2, 2, 4]}, r"every step is named once; repeated: \[2\]"),
         ({"steps": [-1, 2]}, "given: -1"),
-        ({"steps": [1]}, "at least 2 items"),
+        ({"steps": [1]}, "at least 2 checkpoints"),
         ({"steps": [0, 200_000]}, "go up to 200000, but the organism is trained for 100000"),
     ],
 )

@@ -1,0 +1,1 @@
+"""A Prefect server for more than one person: PostgreSQL behind it, and a store that speaks S3 beside it."""

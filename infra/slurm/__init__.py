@@ -1,0 +1,1 @@
+"""Slurm under Prefect: one flow run is one Slurm job."""

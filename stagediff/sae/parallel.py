@@ -1,0 +1,99 @@
+"""Data parallel training: the ranks that train one dictionary together (torch.distributed, set up by `stagediff.ranks`).
+
+Every rank reads the whole stream of batches and takes its slice of each; gradients and figures are means over tokens, so the mean over ranks
+with slices of the same size is the batch's own. All else is the same on every rank: parameters, optimiser, counters. Sums over slices round
+differently than one sum over the batch, so the result equals that of one rank to rounding, and bit by bit only that of as many ranks (the world
+size belongs to the numerics class).
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stagediff.errors import UserError
+from stagediff.ranks import RankLostError
+from stagediff.sae.gradients import Gradient
+
+if TYPE_CHECKING:
+    from stagediff.sae.trainer import Trainer
+
+__all__ = ["Team"]
+
+T = TypeVar("T")
+
+
+class Team:
+    """The ranks of this training; one where nothing was set up."""
+
+    def __init__(self) -> None:
+        together = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if together else 0
+        self.size = dist.get_world_size() if together else 1
+
+    def check(self, architecture: str, batch: int) -> None:
+        """Raises UserError where a batch cannot be shared out."""
+        if self.size == 1:
+            return
+        if architecture == "batchtopk":
+            raise UserError(
+                "batchtopk chooses its active features over the whole batch, which several ranks do not see. Train it on one GPU "
+                "(resources: gpus: 1), or take topk."
+            )
+        if batch % self.size:
+            raise UserError(
+                f"The batch of {batch:,} tokens cannot be shared out evenly to {self.size} ranks. Choose a multiple of {self.size}."
+            )
+
+    def slice_of(self, x: Tensor) -> Tensor:
+        """This rank's share of a batch [B, d]: [B / size, d]."""
+        return x if self.size == 1 else x.chunk(self.size)[self.rank]
+
+    def reduce(self, own: Gradient) -> Gradient:
+        """The batch's outcome from those of its slices; `f` stays the slice's."""
+        if self.size == 1:
+            return own
+        figures = self.mean(torch.stack([own.loss, own.error, own.sparsity]))
+        gradients = {name: self.mean(gradient) for name, gradient in own.gradients.items()}
+        fired = own.fired.to(torch.uint8)
+        _or_lost(lambda: dist.all_reduce(fired, dist.ReduceOp.MAX))
+        return own._replace(loss=figures[0], error=figures[1], sparsity=figures[2], gradients=gradients, fired=fired.bool())
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over ranks, in place."""
+        if self.size > 1:
+            _or_lost(lambda: dist.all_reduce(value))
+            value /= self.size
+        return value
+
+    def agree(self, trainer: "Trainer") -> None:
+        """Gives every rank the first one's state: where the training was left, or its beginning."""
+        if self.size == 1:
+            return
+        device = trainer.parameters["b_dec"].device
+        state = {name: value.to(device).contiguous() for name, value in trainer.state().items()} if self.rank == 0 else {}
+        told: list[Any] = [trainer.step, {name: (tuple(value.shape), value.dtype) for name, value in state.items()}]
+        _or_lost(lambda: dist.broadcast_object_list(told, src=0))
+        step, outline = told
+        for name, (shape, dtype) in outline.items():
+            value = state[name] if self.rank == 0 else torch.empty(shape, dtype=dtype, device=device)
+            _receive(value)
+            state[name] = value
+        if self.rank:
+            trainer.restore(step, state)
+
+
+def _receive(value: Tensor) -> None:
+    """Fills a tensor with the first rank's."""
+    if value.numel():
+        _or_lost(lambda: dist.broadcast(value, src=0))
+
+
+def _or_lost(call: Callable[[], T]) -> T:
+    """A call that needs the other ranks: raises RankLostError where one is gone."""
+    try:
+        return call()
+    except RuntimeError as error:
+        raise RankLostError(f"another rank does not answer: {error}") from error

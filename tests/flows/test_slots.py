@@ -1,0 +1,73 @@
+"""GPU locks of one machine: never two holders of one GPU, and a killed holder's GPU is free."""
+
+import signal
+import subprocess
+import sys
+from contextlib import ExitStack
+
+import pytest
+
+from flows import slots
+from stagediff.errors import UserError
+
+HOLDER = """
+import sys
+from contextlib import ExitStack
+from flows.slots import _lock
+with ExitStack() as locks:
+    print(*_lock(["0", "1"], 1, locks, 0.05), flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture(autouse=True)
+def own_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(slots.tempfile, "tempdir", None)
+
+
+def holder() -> tuple[subprocess.Popen, str]:
+    process = subprocess.Popen([sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return process, process.stdout.readline().strip()
+
+
+def test_holders_get_different_gpus_and_a_killed_ones_is_free():
+    first, one = holder()
+    second, other = holder()
+    assert {one, other} == {"0", "1"}
+    third = subprocess.Popen([sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    first.send_signal(signal.SIGKILL)
+    assert third.stdout.readline().strip() == one
+    for process in (first, second, third):
+        process.kill()
+        process.wait()
+
+
+def test_two_gpus_are_taken_together_or_not_at_all():
+    with ExitStack() as held:
+        assert slots._lock(["0", "1", "2"], 2, held, 0.05) == ["0", "1"]
+        with ExitStack() as other:
+            assert slots._lock(["0", "1", "2"], 1, other, 0.05) == ["2"]
+    with ExitStack() as all_of_them:
+        assert slots._lock(["0", "1", "2"], 3, all_of_them, 0.05) == ["0", "1", "2"]
+
+
+def test_nothing_is_held_where_no_limit_is_set(monkeypatch):
+    monkeypatch.delenv(slots.LIMIT, raising=False)
+    with slots.gpu_slots(1) as devices:
+        assert devices == []
+
+
+def test_more_gpus_than_the_machine_has_are_refused(monkeypatch):
+    class Held:
+        def __enter__(self): ...
+        def __exit__(self, *_): ...
+
+    monkeypatch.setenv(slots.LIMIT, "pool-gpus")
+    monkeypatch.setenv(slots.DEVICES, "0,1")
+    monkeypatch.setattr(slots, "concurrency", lambda *_, **__: Held())
+    with pytest.raises(UserError, match="wants 3 GPUs and this machine has 2"), slots.gpu_slots(3):
+        pass
+    with slots.gpu_slots(2) as devices:
+        assert devices == ["0", "1"]
+        assert slots.os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"

@@ -1,0 +1,116 @@
+"""One Prefect server, with everything deployed and a worker, for all tests here that need one."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from local_prefect import ROOT, Server, Worker, local_prefect
+from tiny import tiny_config
+
+from stagediff.config import make_plan, parse_config
+from stagediff.plan import Plan
+from stagediff.store import Store
+
+SECRET = "planted-4f1c9b7e-secret"
+"""In the environment of server and worker, as an S3 key would be. It must show up nowhere else."""
+
+
+@dataclass
+class Case:
+    """A copy of a finished run, some of it taken away."""
+
+    store: Store
+    plan: Plan
+    config: dict[str, Any]
+    whole: Store
+    """The undisturbed run."""
+
+    def is_as_the_whole(self) -> bool:
+        """Whether every artifact is there, with the bytes of the undisturbed run."""
+        data = lambda store, node: store.artifact(node.ref).manifest.data()  # noqa: E731
+        return not self.plan.missing(self.store) and all(data(self.store, node) == data(self.whole, node) for node in self.plan)
+
+
+@dataclass
+class Deployed:
+    """The server with all deployments, whose steps are those of `tests/observed_steps.py`, and its worker."""
+
+    server: Server
+    worker: Worker
+    folder: Path
+    whole: Store
+    plan: Plan
+
+    def case(self, name: str, *without: str) -> Case:
+        root = self.folder / "stores" / name
+        shutil.copytree(self.whole.root, root)
+        store = Store(root)
+        config = tiny_config(str(root))
+        plan = make_plan(parse_config(config), store)
+        for step in without:
+            store.remove(plan[step].ref)
+        return Case(store, plan, config, self.whole)
+
+    def start(self, case: Case, **parameters: Any) -> str:
+        return self.server.run("stagewise/stagediff", config=case.config, device="cpu", **parameters)
+
+    def fault(self, step: str) -> Path:
+        """While the file is there, the step fails."""
+        file = self.folder / "faults" / step
+        file.touch()
+        return file
+
+    def hold(self, step: str) -> Path:
+        """While the file is there, the step waits before it computes."""
+        file = self.folder / "hold" / step
+        file.touch()
+        return file
+
+    def events(self, case: Case) -> list[dict[str, Any]]:
+        log = self.folder / "computed.jsonl"
+        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        return [line for line in lines if line["store"] == case.store.root]
+
+    def begun(self, case: Case) -> list[str]:
+        """The steps whose computation began, in order."""
+        return [e["name"] for e in self.events(case) if e["event"] == "begin"]
+
+    def done(self, case: Case) -> Counter[str]:
+        """How often each step was computed to its end."""
+        return Counter(e["name"] for e in self.events(case) if e["event"] == "done")
+
+
+@pytest.fixture(scope="session")
+def deployed(tmp_path_factory, finished_run) -> Iterator[Deployed]:
+    plan, whole = finished_run
+    folder = tmp_path_factory.mktemp("deployed")
+    for name in ("faults", "hold", "stores"):
+        (folder / name).mkdir()
+    secrets = {"AWS_ACCESS_KEY_ID": "someone", "AWS_SECRET_ACCESS_KEY": SECRET}
+    watched = {
+        "OBSERVED_LOG": str(folder / "computed.jsonl"),
+        "OBSERVED_FAULTS": str(folder / "faults"),
+        "OBSERVED_HOLD": str(folder / "hold"),
+    }
+    with local_prefect(folder / "prefect", **secrets) as server:
+        deploy(server, "--gpus", "2", program=["tests/observed_steps.py"])
+        worker = server.worker(STAGEDIFF_GPU_DEVICES="0,1", **watched)
+        try:
+            server.wait_for_worker(worker)
+            yield Deployed(server, worker, folder, whole, plan)
+        finally:
+            worker.end()
+
+
+def deploy(server: Server, *options: str, program: Sequence[str] = ("-m", "flows.deploy")) -> str:
+    """`make deploy` without make: what it prints."""
+    done = subprocess.run([sys.executable, *program, *options], env=server.environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

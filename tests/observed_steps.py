@@ -1,0 +1,61 @@
+"""The product's step flows, watched: what computes is logged, and a test can make a step fail. Tests deploy these in place of `flows/steps.py`.
+
+OBSERVED_LOG names a file that gets a JSON line when a computation begins, and when it is done or failed. While the file
+OBSERVED_FAULTS/<name of the step in the plan> exists, that step raises; with OBSERVED_HOLD/<name> there it waits (so that a test can kill it).
+Run as a program it is `make deploy`, with these in place of those.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from flows.names import attribute
+from flows.steps import flow_of
+from stagediff import steps
+
+_compute = steps.run
+
+
+def _note(event: str, **more: Any) -> None:
+    line = {"event": event, "time": time.time(), "pid": os.getpid(), "gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), **more}
+    line["knows_secret"] = bool(os.environ.get("AWS_SECRET_ACCESS_KEY"))
+    file = os.open(os.environ["OBSERVED_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(file, f"{json.dumps(line)}\n".encode())
+    os.close(file)
+
+
+def _observed(spec: Any, store: Any, **given: Any) -> Any:
+    about = {"name": given.get("name"), "store": store.root, "force": given.get("force", False)}
+    _note("begin", **about)
+    try:
+        while Path(os.environ["OBSERVED_HOLD"], str(about["name"])).exists():
+            time.sleep(0.1)
+        if Path(os.environ["OBSERVED_FAULTS"], str(about["name"])).exists():
+            raise RuntimeError(f"CUDA error: an illegal memory access was encountered (in {about['name']})")
+        ref = _compute(spec, store, **given)
+    except BaseException:
+        _note("failed", **about)
+        raise
+    _note("done", **about)
+    return ref
+
+
+steps.run = _observed
+
+for _step in steps.all_steps():
+    globals()[attribute(_step.name)] = flow_of(_step)
+
+if __name__ == "__main__":
+    from flows import deploy, deployments
+
+    sys.path.insert(0, str(deploy.ROOT))
+
+    def entry(step: steps.Step, pool: str) -> dict[str, Any]:
+        given = deployments.step_entry(step, pool)
+        return {**given, "entrypoint": given["entrypoint"].replace("flows/steps.py", "tests/observed_steps.py")}
+
+    deploy.step_entry = entry
+    sys.exit(deploy.main())
