@@ -20,22 +20,18 @@ from prefect.events import Event, Resource
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, get_current_settings, temporary_settings
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-__all__ = ["EVENT", "AnnounceCheckpoints", "announce", "event_id", "resource"]
+from flows.names import CHECKPOINT, training
+
+__all__ = ["AnnounceCheckpoints", "announce", "event_id"]
 
 log = logging.getLogger("stagediff")
 
-EVENT = "checkpoint.created"
 SECONDS = 5.0
 """Longest wait for the API's answer."""
 
 
-def resource(run: str) -> str:
-    """The event's resource, by which triggers tell training runs apart."""
-    return f"stagediff.run.{run}"
-
-
 def event_id(run: str, step: int) -> UUID:
-    return uuid5(NAMESPACE_URL, f"{resource(run)}/{step}")
+    return uuid5(NAMESPACE_URL, f"{training(run)}/{step}")
 
 
 def announce(run: str, step: int, uri: str | Path, seconds: float = SECONDS) -> bool:
@@ -55,9 +51,9 @@ def announce(run: str, step: int, uri: str | Path, seconds: float = SECONDS) -> 
             log.debug("checkpoint %d of %s is not announced: PREFECT_API_URL is not set", step, run)
             return False
         body = Event(
-            event=EVENT,
+            event=CHECKPOINT,
             id=event_id(run, step),
-            resource=Resource({"prefect.resource.id": resource(run), "prefect.resource.name": run}),
+            resource=Resource({"prefect.resource.id": training(run), "prefect.resource.name": run}),
             payload={"run": run, "step": int(step), "uri": str(uri)},
         )
         # once: who waits for an API that does not answer is the training

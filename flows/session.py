@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from typing import Any, Literal
 
 from flows.places import absolute, check_store
-from stagediff.config import make_plan, parse_config
+from stagediff.config import load_config, make_plan, parse_config
 from stagediff.errors import UserError
 from stagediff.plan import Node, Plan, Run
 from stagediff.store import Store
@@ -33,7 +33,7 @@ class Session:
 
     def __init__(
         self,
-        config: Mapping[str, Any],
+        config: Mapping[str, Any] | str,
         store: str | None = None,
         *,
         device: str = "auto",
@@ -43,7 +43,7 @@ class Session:
     ):
         if mode == "deployments":
             logging.getLogger("stagediff").setLevel(logging.INFO)  # Prefect's handler is there, but the level drops what the library says
-        self.config = parse_config(config, store=store)
+        self.config = load_config(config, store=store) if isinstance(config, str) else parse_config(config, store=store)
         check_store(self.config.store)
         self.store = Store(absolute(self.config.store) if mode == "deployments" else self.config.store)
         self.plan: Plan = make_plan(self.config, self.store)

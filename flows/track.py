@@ -18,14 +18,23 @@ __all__ = ["track", "walk"]
 
 @flow(name="sae-track", flow_run_name=pipeline_name("sae-track"), persist_result=False, on_cancellation=[cancel_children])
 def track(
-    config: dict[str, Any],
+    config: dict[str, Any] | str,
     store: str | None = None,
     device: str = "auto",
     force: list[str] | None = None,
     mode: Mode = "inline",
     pool: str = POOL,
 ) -> str:
-    """Runs what is missing of a tracked run; returns the report's reference. `force` names steps to compute again."""
+    """Runs what is missing of a tracked run; returns the report's reference.
+
+    Args:
+        config: the run's config, or the path of its file on the worker's machine
+        store: instead of the config's
+        device: auto, cpu, cuda or cuda:1
+        force: names of steps to compute again, "finetune-D"; what depends on one follows if its bytes changed
+        mode: inline, in this process one after the other; deployments, every step a run of its own
+        pool: the work pool of those runs, where the config's `resources` name no other
+    """
     run = Session(config, store, device=device, force=force or (), mode=mode, pool=pool)
     walk(run)
     run.rest()

@@ -32,10 +32,9 @@ from prefect.runtime import flow_run
 from prefect.states import AwaitingRetry
 from prefect.utilities.urls import url_for
 
-from flows.announce import EVENT, resource
 from flows.children import CRASHES, SETTLE, patiently
 from flows.deployments import ENVIRONMENT
-from flows.names import RETRY_TAG
+from flows.names import CHECKPOINT, RETRY_TAG, training
 from flows.places import absolute, check_store
 from flows.session import POOL, Mode
 from flows.stagewise import stagewise
@@ -61,8 +60,8 @@ def triggers(run: str = "*") -> list[dict[str, Any]]:
             "type": "event",
             "enabled": True,
             "posture": "Reactive",
-            "match": {"prefect.resource.id": resource(run)},
-            "expect": [EVENT],
+            "match": {"prefect.resource.id": training(run)},
+            "expect": [CHECKPOINT],
             "for_each": ["prefect.resource.id"],
             "threshold": 1,
             "within": 0,

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 PREFECT = str(Path(sys.executable).with_name("prefect"))
 
 
-def until(question: Callable[[], Any], what: str, seconds: float = 300.0, every: float = 0.5) -> Any:
+def until(question: Callable[[], Any], what: str, seconds: float = 600.0, every: float = 0.5) -> Any:
     """Waits until the question is answered with something true, and returns it; fails after `seconds`, which a slow machine does not reach."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -95,6 +95,19 @@ class Server:
             self._process.end(sign)
             self._process = None
 
+    def processes(self, *words: str) -> list[int]:
+        """The processes that were started with this server's home in their environment, and with each of these words ("NAME=value")."""
+        wanted = {f"PREFECT_HOME={self.home}", *words}
+        out = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = set((folder / "environ").read_bytes().decode(errors="replace").split("\0"))
+            except OSError:  # gone, or not ours
+                continue
+            if wanted <= environment:
+                out.append(int(folder.name))
+        return out
+
     def worker(self, pool: str = "stagediff", **extra: str) -> Worker:
         """A worker; it is up once the pool shows it (`wait_for_worker`)."""
         log = self.home / f"worker-{time.monotonic_ns()}.log"
@@ -131,7 +144,7 @@ class Server:
     def children(self, run: str) -> list[dict[str, Any]]:
         return self.ask("/flow_runs/filter", flow_runs={"parent_flow_run_id": {"any_": [run]}}, sort="START_TIME_ASC")
 
-    def wait(self, run: str, state: str = "COMPLETED", runs: int = 1, seconds: float = 300.0) -> dict[str, Any]:
+    def wait(self, run: str, state: str = "COMPLETED", runs: int = 1, seconds: float = 600.0) -> dict[str, Any]:
         """Waits until the run has ended, in at least its `runs`-th start, in this state."""
 
         def ended() -> dict[str, Any] | None:
@@ -166,3 +179,6 @@ def local_prefect(home: Path, **extra: str) -> Iterator[Server]:
     finally:
         server.stop()
         server.client.close()
+        for pid in server.processes():  # runs that a killed worker left behind
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)

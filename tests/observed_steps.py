@@ -57,5 +57,8 @@ if __name__ == "__main__":
         given = deployments.step_entry(step, pool)
         return {**given, "entrypoint": given["entrypoint"].replace("flows/steps.py", "tests/observed_steps.py")}
 
+    chosen = os.environ.get("OBSERVED_STEPS")  # a few will do where time matters
+    all_steps = steps.all_steps()
+    steps.all_steps = lambda: [step for step in all_steps if chosen is None or step.name in chosen.split(",")]
     deploy.step_entry = entry
     sys.exit(deploy.main())

@@ -118,9 +118,8 @@ class Watcher:
         return Look(tuple(seen), self._waits_for({s.step for s in seen if s.state in ("taken", "gone", "complete")}))
 
     def _is_wanted(self, step: int) -> bool:
-        """All steps, or those the chain begins with and what comes after them; thinned out as the settings say."""
-        named = self._named
-        return step in named or (step > max(named, default=-1) and step % self.settings.multiple_of == 0)
+        """All steps, or those the chain begins with here and what comes after them; thinned out as the settings say."""
+        return step in self._begins() or (step > max(self._named, default=-1) and step % self.settings.multiple_of == 0)
 
     def _take(self, step: int, files: Files, verdict: Any) -> Any:
         name, revision, adapter = files.name, files.revision, None

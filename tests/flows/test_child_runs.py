@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import httpx
 import pytest
+import yaml
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName, FlowRunFilterState, FlowRunFilterStateType
 from prefect.client.schemas.objects import StateType
@@ -189,6 +190,16 @@ def test_what_could_never_start_is_refused_before_anything_does(worker, copy, re
     with pytest.raises(UserError, match=words):
         run(config, pool=pool)
     assert worker.ran == []
+
+
+def test_a_config_file_may_be_named_by_its_path(worker, copy, tmp_path):
+    config, _, plan = copy("quality-M")
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump({name: value for name, value in config.items() if name != "name"}))
+    assert run(str(file)) == plan["report"].ref
+    assert worker.ran == [("quality-M", "compute")]
+    with get_client(sync_client=True) as client:
+        assert client.read_flow_runs(flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=["stagewise · tiny"])))
 
 
 def test_a_name_to_force_that_is_no_step_is_refused(worker, copy):

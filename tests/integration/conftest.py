@@ -47,6 +47,17 @@ class Deployed:
     folder: Path
     whole: Store
     plan: Plan
+    watched: dict[str, str]
+    """The worker's environment beside the server's."""
+    secret: str = SECRET
+
+    def restart_worker(self) -> None:
+        self.worker = self.server.worker(**self.watched)
+        self.server.wait_for_worker(self.worker)
+
+    def processes_of(self, runs: Sequence[str]) -> list[int]:
+        """The processes that compute these flow runs now."""
+        return [pid for run in runs for pid in self.server.processes(f"PREFECT__FLOW_RUN_ID={run}")]
 
     def case(self, name: str, *without: str) -> Case:
         root = self.folder / "stores" / name
@@ -98,15 +109,17 @@ def deployed(tmp_path_factory, finished_run) -> Iterator[Deployed]:
         "OBSERVED_LOG": str(folder / "computed.jsonl"),
         "OBSERVED_FAULTS": str(folder / "faults"),
         "OBSERVED_HOLD": str(folder / "hold"),
+        "STAGEDIFF_GPU_DEVICES": "0,1",
     }
     with local_prefect(folder / "prefect", **secrets) as server:
+        server.environment["OBSERVED_STEPS"] = ",".join(sorted({node.spec.step for node in plan}))
         deploy(server, "--gpus", "2", program=["tests/observed_steps.py"])
-        worker = server.worker(STAGEDIFF_GPU_DEVICES="0,1", **watched)
+        made = Deployed(server, server.worker(**watched), folder, whole, plan, watched)
         try:
-            server.wait_for_worker(worker)
-            yield Deployed(server, worker, folder, whole, plan)
+            server.wait_for_worker(made.worker)
+            yield made
         finally:
-            worker.end()
+            made.worker.end()
 
 
 def deploy(server: Server, *options: str, program: Sequence[str] = ("-m", "flows.deploy")) -> str:

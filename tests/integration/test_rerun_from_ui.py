@@ -4,6 +4,7 @@ import shutil
 from collections import Counter
 
 import pytest
+from local_prefect import until
 from playwright.sync_api import expect, sync_playwright
 
 pytestmark = pytest.mark.integration
@@ -98,6 +99,24 @@ def test_a_run_of_which_all_is_there_starts_nothing(deployed):
     deployed.server.wait(pipeline)
     assert deployed.server.children(pipeline) == []
     assert deployed.done(case) == Counter()
+
+
+def test_cancel_on_the_pipeline_cancels_its_steps_and_a_retry_starts_them_again(deployed):
+    case = deployed.case("cancelled", "finetune-M", "diff")
+    hold = deployed.hold("finetune-M")
+    pipeline = deployed.start(case)
+    until(lambda: deployed.begun(case), "the step began", 600)
+    (child,) = deployed.server.children(pipeline)
+    assert deployed.processes_of([child["id"]])
+    deployed.server.ask(f"/flow_runs/{pipeline}/set_state", state={"type": "CANCELLING"})
+    deployed.server.wait(pipeline, "CANCELLED")
+    deployed.server.wait(child["id"], "CANCELLED")
+    until(lambda: not deployed.processes_of([child["id"], pipeline]), "their processes are gone", 120)
+    hold.unlink()
+    deployed.server.ask(f"/flow_runs/{pipeline}/set_state", state={"type": "SCHEDULED", "name": "AwaitingRetry"})
+    deployed.server.wait(pipeline, runs=2)
+    assert deployed.done(case) == {"finetune-M": 1, "diff": 1}
+    assert case.is_as_the_whole()
 
 
 def test_a_step_shows_its_progress_figures_and_links(deployed):

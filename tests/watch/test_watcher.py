@@ -164,10 +164,11 @@ def test_checkpoints_deleted_after_they_were_read_stay_in_the_chain(save, tmp_pa
 
 def test_first_checkpoints_may_lie_elsewhere(save, tmp_path):
     save(0, folder="old/step{step}"), save(10, folder="old/step{step}")
-    save(20)
+    save(10, seed=5), save(20)  # the first is another training's
     body = tiny_watch(tmp_path, model={"name": str(tmp_path / "old/step{step}")}, checkpoints={"steps": [0, 10]})
     (run,) = due(watcher(body))
     assert steps_of(run) == [0, 10, 20]
+    assert run.plan["harvest-step10"].spec.model.name == str(tmp_path / "old/step10")
     assert run.plan["harvest-step20"].spec.model.name == str(tmp_path / "lm/checkpoint-20")
 
 

@@ -1,0 +1,101 @@
+"""The pipeline on a Slurm pool: a real Prefect server and workers, a real Slurm of two nodes. Every step is a job.
+
+Needs what `test_slurm.py` needs.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from local_prefect import ROOT, until
+from one_host_slurm import whole_cluster
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.slow,
+    pytest.mark.skipif(os.environ.get("STAGEDIFF_INTEGRATION") == "0", reason="STAGEDIFF_INTEGRATION=0"),
+]
+
+
+@pytest.fixture(scope="module")
+def lab(deployed, tmp_path_factory) -> Iterator[SimpleNamespace]:
+    """The pool `lab`, of type slurm, with its worker, beside the process pool on which pipelines run."""
+    with whole_cluster(tmp_path_factory.mktemp("slurm") / "cluster") as cluster:
+        server, folder = deployed.server, deployed.folder
+        options = ["--pool=stagediff", "--pool=lab=slurm", "--gpus=lab=1", f"--variable=lab:python={sys.executable}"]
+        options += [f"--variable=lab:working_dir={ROOT}", "--variable=lab:cpus=1", "--variable=lab:memory=1G"]
+        command = [sys.executable, "tests/observed_steps.py", *options]
+        done = subprocess.run(command, env=server.environment, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        watched = {"OBSERVED_LOG": folder / "computed.jsonl", "OBSERVED_FAULTS": folder / "faults", "OBSERVED_HOLD": folder / "hold"}
+        logs = cluster.folder / "jobs"
+        threads = str(torch.get_num_threads())  # those of the run that bytes are compared with
+        extra = {
+            **cluster.env,
+            "OMP_NUM_THREADS": threads,
+            "STAGEDIFF_SLURM_LOGS": str(logs),
+            **{name: str(path) for name, path in watched.items()},
+        }
+        worker = server.worker("lab", **extra)
+        try:
+            until(lambda: server.ask("/work_pools/lab/workers/filter"), f"the worker is up, see {worker.log}")
+            yield SimpleNamespace(cluster=cluster, worker=worker, logs=logs)
+        finally:
+            worker.end()
+
+
+def pids(cluster) -> set[int]:
+    return {process.pid for process in cluster.job_processes()}
+
+
+def test_a_step_whose_node_dies_goes_on_on_the_other_and_the_pipeline_ends_complete(deployed, lab):
+    case = deployed.case("node-dies", "finetune-M", "diff")
+    hold = deployed.hold("finetune-M")
+    pipeline = deployed.start(case, pool="lab")
+    until(lambda: deployed.begun(case) == ["finetune-M"], f"the step begins, see {lab.worker.log}")
+    assert deployed.events(case)[0]["pid"] in pids(lab.cluster), "it is a process of a Slurm job"
+    (job,) = lab.cluster.jobs()
+    node = lab.cluster.node_of(job)
+    lab.cluster.kill_node(node)
+    hold.unlink()
+    deployed.server.wait(pipeline, seconds=500)
+    assert case.is_as_the_whole()
+    assert deployed.done(case) == {"finetune-M": 1, "diff": 1}
+    runs = {child["name"].split(" · ")[0]: child["run_count"] for child in deployed.server.children(pipeline)}
+    assert runs == {"finetune M": 2, "diff": 1}
+    assert "the node failed (NODE_FAIL)" in lab.worker.log.read_text()
+    assert len(list(lab.logs.iterdir())) == 3, "three jobs, each with its log"
+    lab.cluster.revive_node(node)
+
+
+def test_a_failed_job_is_retried_in_place_and_a_cancelled_pipeline_leaves_no_job(deployed, lab):
+    case = deployed.case("retried-and-cancelled", "finetune-M", "diff")
+    fault = deployed.fault("finetune-M")
+    pipeline = deployed.start(case, pool="lab")
+    failed = deployed.server.wait(pipeline, "FAILED")
+    assert "illegal memory access" in failed["state"]["message"]
+    fault.unlink()
+    hold = deployed.hold("diff")
+    awaiting = {"type": "SCHEDULED", "name": "AwaitingRetry"}
+    deployed.server.ask(f"/flow_runs/{pipeline}/set_state", state=awaiting, force=True)  # what the UI's Retry sends
+    until(lambda: deployed.begun(case) == ["finetune-M", "finetune-M", "diff"], "the pipeline goes on from the failed step")
+    assert len(lab.cluster.jobs()) == 1
+    deployed.server.ask(f"/flow_runs/{pipeline}/set_state", state={"type": "CANCELLING"}, force=False)  # and its Cancel
+    deployed.server.wait(pipeline, "CANCELLED", runs=2)
+    until(lambda: not lab.cluster.jobs() and not pids(lab.cluster), "the job and its processes are gone")
+    hold.unlink()
+    states = {child["name"].split(" · ")[0]: child["state_type"] for child in deployed.server.children(pipeline)}
+    assert states == {"finetune M": "COMPLETED", "diff": "CANCELLED"}
+
+
+def test_more_gpus_than_the_pool_gives_are_refused_before_anything_runs(deployed, lab):
+    case = deployed.case("too-much", "finetune-M", "diff")
+    config = {**case.config, "resources": {"finetune": {"gpus": 2}}}
+    pipeline = deployed.server.run("stagewise/stagediff", config=config, device="cpu", pool="lab")
+    failed = deployed.server.wait(pipeline, "FAILED")
+    assert "gpus is 2, but the work pool 'lab' gives a job at most 1" in failed["state"]["message"]
+    assert deployed.begun(case) == []
