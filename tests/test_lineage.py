@@ -20,9 +20,9 @@ def test_the_diff_goes_on_from_the_chains_last_model_and_dictionary(tmp_path):
     plan = demo_plan(tmp_path)
     settle = plan["settle-S"].spec
     assert isinstance(settle, FinetuneSpec)
-    assert settle.start == plan["follow-step600"].ref
+    assert settle.start == plan["follow-step500"].ref
     assert not settle.rescale
-    assert plan["harvest-base"].spec.model == plan["harvest-step600"].spec.model
+    assert plan["harvest-base"].spec.model == plan["harvest-step500"].spec.model
     assert plan["finetune-D"].spec.start == settle.ref
     assert [n.name for n in plan if n.spec.step == "organism"] == ["organism"]
     assert [n.name for n in plan if n.spec.step == "tokenizer"] == ["tokenizer"]
