@@ -6,8 +6,8 @@ The library knows nothing of Prefect; `tasks/` and `flows/` build the pipeline o
 
 import os
 
-# Before torch is imported. Threads that spin for long while they wait make two processes on two cores ten times slower than one. A thousand turns bridge the gaps
-# between a small step's operations, and halve its time (batch 128, two cores); with a second process beside it a step takes 1.6 times as long as without them.
+# Before torch is imported. Threads that spin for long while they wait make two processes on two cores ten times slower than one. A thousand
+# turns bridge the gaps between a small step's operations and halve its time (batch 128); beside a second process it then takes 1.6 times as long.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["VARIANTS", "compute", "losses"]
 
 VARIANTS = ("clean", "spliced", "mean", "zero")
-LOGIT_BYTES = 256 << 20
+LOGIT_BYTES = {"cuda": 256 << 20, "cpu": 24 << 20}
+"""Logits at once; on a CPU so few that their memory is used again instead of being mapped anew."""
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -79,7 +80,7 @@ def losses(
     """
     kept = torch.from_numpy(reader.positions.astype(np.int64))
     predicting = kept[kept < reader.context - 1]  # the last position predicts nothing within the row
-    batch = max(1, LOGIT_BYTES // (reader.context * loaded.vocab * 4))
+    batch = max(1, LOGIT_BYTES[loaded.device.type] // (reader.context * loaded.vocab * 4))
     out = []
 
     def splice(x: Tensor) -> Tensor:

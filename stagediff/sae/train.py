@@ -7,7 +7,7 @@ gives the same bytes as an undisturbed one: everything a step depends on is in t
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,8 +49,9 @@ CURVE_COLUMNS = {
 }
 EVALUATED_TOKENS = 1 << 17
 """Training tokens on which the finished dictionary's figures are taken."""
-EVALUATED_VALUES = 1 << 25
-"""Activations held at once while they are."""
+EVALUATED_VALUES = 1 << 22
+"""Activations held at once while they are (or FEWEST_TOKENS' ones): small enough on a CPU that their memory is used again."""
+FEWEST_TOKENS = 1024
 
 
 @dataclass
@@ -208,7 +209,7 @@ def _revive(spec: FinetuneSpec, job: Job, data: Activations, order: Order, train
     """Resamples the features that are dead now."""
     sae = trainer.dictionary()
     tokens = min(spec.revive_tokens, data.n_tokens)
-    size = max(1, min(tokens, EVALUATED_VALUES // sae.features))
+    size = _at_once(tokens, sae.features)
     with job.progress.task("revive", 2 * tokens, "tokens") as task:  # read twice
 
         def read() -> Iterator[Tensor]:
@@ -282,9 +283,9 @@ def _require_finite(loss: float, step: int) -> None:
 
 
 def _figures(sae: SAE, data: Activations, order: Order, spec: TrainSpec | FinetuneSpec, device: str) -> dict[str, Any]:
-    budget = spec.budget
-    count = max(1, min(EVALUATED_TOKENS, data.n_tokens) // budget.batch)
-    quality = evaluate(sae, _split(batches(data, order, budget.batch, 0, count, device), max(1, EVALUATED_VALUES // sae.features)))
+    tokens = min(EVALUATED_TOKENS, data.n_tokens)
+    size = _at_once(tokens, sae.features)
+    quality = evaluate(sae, batches(data, order, size, 0, tokens // size, device))
     norms = sae.decoder_norms()
     return {
         "ev": quality.explained_variance,
@@ -296,9 +297,9 @@ def _figures(sae: SAE, data: Activations, order: Order, spec: TrainSpec | Finetu
     }
 
 
-def _split(stream: Iterable[Tensor], tokens: int) -> Iterator[Tensor]:
-    for x in stream:
-        yield from x.split(tokens)
+def _at_once(tokens: int, features: int) -> int:
+    """Tokens that are encoded at once, where `tokens` are looked at."""
+    return min(tokens, max(FEWEST_TOKENS, EVALUATED_VALUES // features))
 
 
 def _curve(rows: list[list[float]]) -> pd.DataFrame:

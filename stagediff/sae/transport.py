@@ -31,6 +31,7 @@ __all__ = ["RIDGE", "Maps", "Moments", "fit", "moments", "transport"]
 
 RIDGE = 1e-3
 """Weight of ||A - I||^2, as a share of the mean variance per direction."""
+TOKENS_AT_ONCE = 8192
 
 
 class Moments(NamedTuple):
@@ -66,14 +67,14 @@ class Maps(NamedTuple):
 
 
 def moments(pairs: Iterable[tuple[Tensor, Tensor]], scale: float, scale_after: float) -> Moments:
-    """Moments of paired batches ([n, d], [n, d]) in raw units, each times its input scale. Memory: a batch in float64 and a few [d, d].
+    """Moments of paired batches ([n, d], [n, d]) in raw units, each times its input scale. Memory: TOKENS_AT_ONCE of them in float64 and a few [d, d].
 
     Sums run in the order of the batches. Raises ValueError where there are none.
     """
     sums: list[Tensor] = []
     shift: tuple[Tensor, Tensor] | None = None
     n = 0
-    for before, after in pairs:
+    for before, after in ((y, z) for pair in pairs for y, z in zip(*(x.split(TOKENS_AT_ONCE) for x in pair), strict=True)):
         y, z = before.double() * scale, after.double() * scale_after
         if shift is None:  # sums around a point near the mean keep their digits
             shift = y.mean(0), z.mean(0)

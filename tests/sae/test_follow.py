@@ -511,6 +511,7 @@ def test_where_nothing_is_dead_nothing_is_revived(store, run, stored, planted, r
 def test_revive_tokens_bound_what_is_looked_at(store, run, stored, planted, reader, monkeypatch):
     """A feature that fires in the order's later part only is dead to one who looks at the first part, whatever is held at once."""
     monkeypatch.setattr(train, "EVALUATED_VALUES", 100 * F)
+    monkeypatch.setattr(train, "FEWEST_TOKENS", 1)
     x, _ = planted(2048, D, 32)
     data = stored(store, x)
     stream = torch.cat(list(batches(reader(x, 512), Order(0, (512,) * 4), 256, 0, 8)))
