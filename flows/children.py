@@ -131,7 +131,8 @@ class Children:
         log.info("%s ended as %s: scheduled again", child.run.name, state.name if state else "?")
         with get_client(sync_client=True) as client:
             now = patiently(lambda: client.read_flow_run(child.run.id))
-            if now.state is not None and now.state.is_final() and not now.state.is_completed():  # nobody else was faster
+            # unless somebody else was faster, or it is a job that was cancelled: its engine reports a crash first, its worker the cancelling seconds later
+            if now.state is not None and state is not None and now.state.type == state.type:
                 patiently(lambda: client.set_flow_run_state(now.id, AwaitingRetry(message="its pipeline was retried"), force=False))
                 now = patiently(lambda: client.read_flow_run(child.run.id))
         return Child(child.piece, now)

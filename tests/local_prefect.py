@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 
 __all__ = ["Server", "Worker", "local_prefect", "until"]
 
@@ -79,7 +80,7 @@ class Server:
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
             "PREFECT_WORKER_QUERY_SECONDS": "1",
-            "OMP_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": str(torch.get_num_threads()),  # as in the runs that bytes are compared with
             **extra,
         }
         self.client = httpx.Client(base_url=f"{self.url}/api", timeout=60)

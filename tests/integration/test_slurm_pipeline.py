@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
-import torch
 from local_prefect import ROOT, until
 from one_host_slurm import whole_cluster
 
@@ -33,10 +32,8 @@ def lab(deployed, tmp_path_factory) -> Iterator[SimpleNamespace]:
         assert done.returncode == 0, done.stderr
         watched = {"OBSERVED_LOG": folder / "computed.jsonl", "OBSERVED_FAULTS": folder / "faults", "OBSERVED_HOLD": folder / "hold"}
         logs = cluster.folder / "jobs"
-        threads = str(torch.get_num_threads())  # those of the run that bytes are compared with
         extra = {
             **cluster.env,
-            "OMP_NUM_THREADS": threads,
             "STAGEDIFF_SLURM_LOGS": str(logs),
             **{name: str(path) for name, path in watched.items()},
         }
@@ -88,8 +85,10 @@ def test_a_failed_job_is_retried_in_place_and_a_cancelled_pipeline_leaves_no_job
     deployed.server.wait(pipeline, "CANCELLED", runs=2)
     until(lambda: not lab.cluster.jobs() and not pids(lab.cluster), "the job and its processes are gone")
     hold.unlink()
-    states = {child["name"].split(" · ")[0]: child["state_type"] for child in deployed.server.children(pipeline)}
-    assert states == {"finetune M": "COMPLETED", "diff": "CANCELLED"}
+    children = {child["name"].split(" · ")[0]: child for child in deployed.server.children(pipeline)}
+    assert children["finetune M"]["state_type"] == "COMPLETED"
+    cancelled = lambda: deployed.server.flow_run(children["diff"]["id"])["state_type"] == "CANCELLED"  # noqa: E731
+    until(cancelled, "the step is cancelled; a crash at first, as its engine sees it, until the worker has its say", 120)
 
 
 def test_more_gpus_than_the_pool_gives_are_refused_before_anything_runs(deployed, lab):
