@@ -110,7 +110,7 @@ def test_cancel_on_the_pipeline_cancels_its_steps_and_a_retry_starts_them_again(
     assert deployed.processes_of([child["id"]])
     deployed.server.ask(f"/flow_runs/{pipeline}/set_state", state={"type": "CANCELLING"})
     deployed.server.wait(pipeline, "CANCELLED")
-    deployed.server.wait(child["id"], "CANCELLED")
+    until(lambda: deployed.server.flow_run(child["id"])["state_type"] == "CANCELLED", "the step is cancelled")
     until(lambda: not deployed.processes_of([child["id"], pipeline]), "their processes are gone", 120)
     hold.unlink()
     deployed.server.ask(f"/flow_runs/{pipeline}/set_state", state={"type": "SCHEDULED", "name": "AwaitingRetry"})
@@ -133,4 +133,4 @@ def test_a_step_shows_its_progress_figures_and_links(deployed):
     assert all(f"| {name} |" in shown[f"finetune-d-{short}"]["data"] for name in figures)
     assert f"file://{case.store.root}/{ref}" in shown[f"data-finetune-d-{short}"]["data"]
     assert f"file://{case.store.root}/{report}/index.html" in shown[f"link-report-{report.key[:8]}"]["data"]
-    assert "finetune-D" in deployed.server.log(child["id"])
+    until(lambda: "finetune-D" in deployed.server.log(child["id"]), "the log has arrived", 120)
