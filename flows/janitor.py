@@ -1,4 +1,4 @@
-"""Starts crashed runs again, a few times each: what the deployment `janitor` does every minute.
+"""Starts crashed runs again, a few times each: what the deployment `janitor` does every two minutes.
 
 A run that crashed (its process, worker or machine went away) had no fault of its own, and everything here may be done twice, so it is scheduled again in place.
 Not before a minute has passed: the late report of a crash would end a run that was started at once, and a living pipeline sees to its children itself.
