@@ -27,6 +27,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import AwaitingRetry, Cancelling
 from prefect.utilities.urls import url_for
 
+from flows.crashes import past_of
 from flows.names import run_name, tags
 from stagediff import steps
 from stagediff.errors import UserError
@@ -38,8 +39,6 @@ __all__ = ["Child", "Children", "Piece", "cancel_children", "patiently"]
 
 log = logging.getLogger("stagediff")
 
-CRASHES = 3
-"""How often a child may run before its pipeline stops starting it again after crashes; Retry in the UI always does."""
 SETTLE = 5.0
 """Seconds between a crash and the next start: the late report of a crash would end a run that was started at once."""
 AWAY = 900.0
@@ -64,6 +63,8 @@ class Child:
 
     piece: Piece
     run: FlowRun
+    given_up: UUID | None = None
+    """The crash after which it is left to people."""
 
     @property
     def is_final(self) -> bool:
@@ -75,8 +76,8 @@ class Child:
 
     @property
     def may_run_again(self) -> bool:
-        """Whether it crashed (its machine or process is gone) and has not done so too often. A step that failed would fail again."""
-        return self.run.state is not None and self.run.state.is_crashed() and self.run.run_count < CRASHES
+        """Whether it crashed (its machine or process is gone) and is not given up. A step that failed would fail again."""
+        return self.run.state is not None and self.run.state.is_crashed() and self.run.state.id != self.given_up
 
     @property
     def told(self) -> str:
@@ -123,19 +124,37 @@ class Children:
                 return child
             again += 1  # it did its part, and what it made has been dropped or moved since
 
+    def restart(self, child: Child) -> Child:
+        """Schedules a crashed child once more, unless it crashes every time or was being cancelled: then it is given up."""
+        assert child.run.state is not None
+        self._settle(child)
+        with get_client(sync_client=True) as client:
+            past = patiently(partial(past_of, client, child.run))
+        if past.may_run_again():
+            return self.retry(child)
+        log.info(
+            "%s is not started again: %s", child.run.name, "it was cancelled" if past.was_cancelled else f"it crashed {past.crashes} times"
+        )
+        return Child(child.piece, child.run, given_up=child.run.state.id)
+
     def retry(self, child: Child) -> Child:
         """Schedules a child that ended once more, as Retry in the UI does, some seconds after a crash."""
         state = child.run.state
-        if state is not None and state.is_crashed() and state.timestamp is not None:
-            time.sleep(max(0.0, SETTLE - (datetime.now(UTC) - state.timestamp).total_seconds()))
+        self._settle(child)
         log.info("%s ended as %s: scheduled again", child.run.name, state.name if state else "?")
         with get_client(sync_client=True) as client:
             now = patiently(lambda: client.read_flow_run(child.run.id))
-            # unless somebody else was faster, or it is a job that was cancelled: its engine reports a crash first, its worker the cancelling seconds later
-            if now.state is not None and state is not None and now.state.type == state.type:
+            if now.state is not None and state is not None and now.state.type == state.type:  # nobody else was faster
                 patiently(lambda: client.set_flow_run_state(now.id, AwaitingRetry(message="its pipeline was retried"), force=False))
                 now = patiently(lambda: client.read_flow_run(child.run.id))
         return Child(child.piece, now)
+
+    @staticmethod
+    def _settle(child: Child) -> None:
+        """Waits until a crash is some seconds old."""
+        state = child.run.state
+        if state is not None and state.is_crashed() and state.timestamp is not None:
+            time.sleep(max(0.0, SETTLE - (datetime.now(UTC) - state.timestamp).total_seconds()))
 
     def look(self, children: Iterable[Child]) -> None:
         """Brings the children's states up to date: one question for all."""

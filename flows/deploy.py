@@ -45,11 +45,8 @@ ROOT = Path(__file__).parents[1]
 AUTOMATIONS = ROOT / "infra" / "automations"
 
 
-def deploy(pools: Sequence[Wanted], directory: str | None = None, say: Callable[[str], None] = print) -> None:
-    """Registers the steps with every pool, the pipelines, watch and janitor with the first.
-
-    `directory`: where this project lies on the workers' machines; None: where it lies here. Raises UserError, before anything is changed.
-    """
+def deploy(pools: Sequence[Wanted], say: Callable[[str], None] = print) -> None:
+    """Registers the steps with every pool, the pipelines, watch and janitor with the first. Raises UserError, before anything is changed."""
     with api() as client:
         there = {pool.name: pool for pool in client.read_work_pools()}
         templates = {wanted.name: template_for(wanted, there) for wanted in pools}
@@ -59,7 +56,7 @@ def deploy(pools: Sequence[Wanted], directory: str | None = None, say: Callable[
             kind = install(client, wanted, templates[wanted.name], there)
             entries = [*_steps(wanted, kind, gpus_of(client, wanted.name)), *(other_entries(wanted.name) if at == 0 else [])]
             for entry in entries:
-                register(client, entry, directory or str(ROOT))
+                register(client, entry, wanted.directory or str(ROOT))
             say(f"{wanted.name} ({kind}): {len(entries)} deployments")
         for file in sorted(AUTOMATIONS.glob("*.yaml")):
             say(f"automation: {_automate(client, file)}")
@@ -178,10 +175,17 @@ def _pools(given: argparse.Namespace) -> list[Wanted]:
         if not sign or not name:
             raise UserError(f"--variable {text}: expected NAME=VALUE, or POOL:NAME=VALUE.")
         variables.setdefault(pool or first, {})[name] = _value(value)
-    unknown = {*gpus, *cpu_steps, *variables} - {name for name, *_ in named}
+    directories = {}
+    for text in given.directory:
+        pool, _, directory = text.rpartition(":")
+        directories[pool or first] = directory
+    unknown = {*gpus, *cpu_steps, *variables, *directories} - {name for name, *_ in named}
     if unknown:
         raise UserError(f"{', '.join(sorted(unknown))}: not among the pools given with --pool ({', '.join(name for name, *_ in named)}).")
-    return [Wanted(name, kind or None, gpus.get(name), cpu_steps.get(name), variables.get(name, {})) for name, _, kind in named]
+    return [
+        Wanted(name, kind or None, gpus.get(name), cpu_steps.get(name), variables.get(name, {}), directories.get(name))
+        for name, _, kind in named
+    ]
 
 
 def _value(text: str) -> Any:
@@ -211,10 +215,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--variable", action="append", default=[], metavar="[POOL:]NAME=VALUE", help="job variable of all steps (image, partition, …)"
     )
-    parser.add_argument("--directory", help="where this project lies on the workers' machines (default: as here)")
+    parser.add_argument(
+        "--directory",
+        action="append",
+        default=[],
+        metavar="[POOL:]DIR",
+        help="where this project lies on the machines of a pool's workers or jobs (default: as here)",
+    )
     given = parser.parse_args(arguments)
     try:
-        deploy(_pools(given), given.directory)
+        deploy(_pools(given))
     except StagediffError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -2,7 +2,7 @@
 
 A run that crashed (its process, worker or machine went away) had no fault of its own, and everything here may be done twice, so it is scheduled again in place.
 Not before a minute has passed: the late report of a crash would end a run that was started at once, and a living pipeline sees to its children itself.
-Not for ever: a run that kills its machine each time is left for people after `runs` starts. Failed runs are theirs from the beginning.
+Not for ever: a run that kills its machine each time is left for people after `runs` crashes. Failed runs are theirs from the beginning.
 """
 
 from datetime import UTC, datetime, timedelta
@@ -21,6 +21,7 @@ from prefect.client.schemas.objects import StateType
 from prefect.states import AwaitingRetry
 from pydantic import Field
 
+from flows.crashes import CRASHES, past_of
 from flows.names import RETRY_TAG
 
 __all__ = ["janitor"]
@@ -31,13 +32,13 @@ MOST = 200
 
 @flow(name="janitor", persist_result=False)
 def janitor(
-    grace: Annotated[float, Field(ge=0)] = 60.0, runs: Annotated[int, Field(ge=1)] = 3, hours: Annotated[float, Field(gt=0)] = 24.0
+    grace: Annotated[float, Field(ge=0)] = 60.0, runs: Annotated[int, Field(ge=1)] = CRASHES, hours: Annotated[float, Field(gt=0)] = 24.0
 ) -> list[str]:
     """Schedules crashed runs again; returns their names.
 
     Args:
         grace: seconds since the crash
-        runs: how often a run may have been started already; at that number it is left alone
+        runs: how often a run may have crashed; at that number it is left alone, as is one that was being cancelled
         hours: crashes longer ago than this are left alone
     """
     now = datetime.now(UTC)
@@ -52,10 +53,12 @@ def janitor(
         for run in client.read_flow_runs(flow_run_filter=crashed, limit=MOST):
             if run.deployment_id is None:
                 continue
-            if run.run_count >= runs:
-                log.warning("%s crashed %d times and is left alone; press Retry on it once the cause is mended", run.name, run.run_count)
+            past = past_of(client, run)
+            if not past.may_run_again(runs):
+                why = "was cancelled" if past.was_cancelled else f"crashed {past.crashes} times"
+                log.warning("%s %s and is left alone; press Retry on it once the cause is mended", run.name, why)
                 continue
             client.set_flow_run_state(run.id, AwaitingRetry(message="janitor: started again after a crash"), force=False)
-            log.info("%s crashed and is started again (%d of %d)", run.name, run.run_count + 1, runs)
+            log.info("%s crashed and is started again (%d of %d)", run.name, past.crashes, runs - 1)
             again.append(run.name)
     return again

@@ -39,6 +39,8 @@ class Wanted:
     """Of a process pool: how many steps without a GPU may run at once. None: as it is; 2 for a new pool."""
     variables: Mapping[str, Any] = field(default_factory=dict)
     """Job variables of all steps deployed there (image, partition)."""
+    directory: str | None = None
+    """Where this project lies on the machines of its workers or jobs; None: where it lies here."""
 
 
 def type_of(pool: WorkPool) -> str:

@@ -68,6 +68,8 @@ class Targets:
         return GPU if self.gpus(step) > 0 else CPU
 
     def job_variables(self, step: str) -> dict[str, Any]:
+        if self.pool(step) not in self._pools:  # of a step that became due later
+            self.check({step})
         _, kind = self._pools[self.pool(step)]
         variables = job_variables(self.wants(step), kind)
         return {**variables, "env": {**variables.get("env", {}), GPUS: str(self.gpus(step))}}
@@ -158,7 +160,7 @@ def _settle(
     """Takes notice of how a step's children stand; whether anything has changed that lets others start."""
     for i, child in enumerate(group):
         if child.is_final and child.may_run_again:
-            group[i] = children.retry(child)
+            group[i] = children.restart(child)
     if not all(child.is_final for child in group):
         if ref in failed:  # somebody pressed Retry on a failed child meanwhile
             going[ref] = failed.pop(ref)

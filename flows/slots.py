@@ -42,10 +42,14 @@ def limit_of(pool: str) -> str:
 
 @contextmanager
 def gpu_slots(wanted: int, every: float = 1.0) -> Iterator[list[str]]:
-    """Waits for `wanted` GPUs and holds them; yields their numbers and hides all others. Holds nothing where no limit is set or none is wanted."""
+    """Waits for `wanted` GPUs and holds them; yields their numbers and hides all others. Does nothing where no limit is set."""
     limit = os.environ.get(LIMIT)
-    if not limit or wanted < 1:
+    if not limit:
         yield []
+        return
+    if wanted < 1:
+        with _visible(""):
+            yield []
         return
     # A lease that could not be renewed (the server was away) does not end a step: its GPUs stay locked on this machine.
     with concurrency(limit, occupy=wanted, lease_duration=LEASE, strict=True, raise_on_lease_renewal_failure=False), ExitStack() as locks:
@@ -56,16 +60,22 @@ def gpu_slots(wanted: int, every: float = 1.0) -> Iterator[list[str]]:
         if len(known) < wanted:
             raise UserError(f"This step wants {wanted} GPUs and this machine has {len(known)}: lower `gpus` in the config's `resources`.")
         devices = _lock(known, wanted, locks, every)
-        before = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
         log.info("GPU %s", ", ".join(devices))
-        try:
+        with _visible(",".join(devices)):
             yield devices
-        finally:
-            if before is None:
-                del os.environ["CUDA_VISIBLE_DEVICES"]
-            else:
-                os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
+@contextmanager
+def _visible(devices: str) -> Iterator[None]:
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = devices
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
 def _devices() -> list[str]:

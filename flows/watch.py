@@ -32,7 +32,8 @@ from prefect.runtime import flow_run
 from prefect.states import AwaitingRetry
 from prefect.utilities.urls import url_for
 
-from flows.children import CRASHES, SETTLE, patiently
+from flows.children import SETTLE, patiently
+from flows.crashes import past_of
 from flows.deployments import ENVIRONMENT
 from flows.names import CHECKPOINT, RETRY_TAG, training
 from flows.places import absolute, check_store
@@ -153,7 +154,7 @@ class _Pipelines:
             if found is None:
                 made = patiently(partial(self._make, due, key))
                 return f"checkpoint {due.step}: {due.missing} steps to run, {made.name} started ({_page(made)})"
-            if found.state is not None and found.state.is_crashed() and found.run_count < CRASHES:
+            if found.state is not None and found.state.is_crashed() and patiently(partial(past_of, client, found)).may_run_again():
                 return self._retry(client, found)
             if found.state is None or not found.state.is_completed():
                 reason = " ".join(((found.state and found.state.message) or "").split())[:500]

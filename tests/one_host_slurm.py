@@ -38,7 +38,7 @@ SchedulerParameters=sched_min_interval=100000,batch_sched_delay=0,bf_interval=1
 PropagateResourceLimits=NONE
 SlurmdParameters=config_overrides
 ReturnToService=2
-SlurmdTimeout=10
+SlurmdTimeout=30
 KillWait=5
 OverTimeLimit=0
 GresTypes=gpu

@@ -63,7 +63,12 @@ def run(
     fixed = ["--no-requeue", "--export=ALL", "--open-mode=append", f"--job-name={name}", f"--output={log_dir / '%x-%j.log'}"]
     job: str | None = None
     guard = subprocess.Popen(
-        ["bash", "-c", GUARD, name], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
+        ["bash", "-c", GUARD, name],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,  # it may outlive this process, whose reader waits for the end of the pipe
+        text=True,
+        start_new_session=True,
     )
     try:
         job = jobs.submit(script, [*fixed, *options], jobs.environment())

@@ -63,7 +63,7 @@ def watch(
             if once:
                 _check_usable(watcher, look)
             _tell(look, told)
-            ran = [_run(watcher, due, device, runner) for due in watcher.due(look)]
+            ran = [done for due in watcher.due(look) if (done := _run(watcher, due, device, runner, once))]
             if once:
                 _end(watcher, look, ran, as_json)
                 return
@@ -101,9 +101,16 @@ def _tell(look: "Look", told: dict[int, str]) -> None:
         log.info("waiting for %s", look.waits_for)
 
 
-def _run(watcher: "Watcher", due: "Due", device: str, runner: str) -> dict[str, Any]:
+def _run(watcher: "Watcher", due: "Due", device: str, runner: str, once: bool) -> dict[str, Any] | None:
+    """None where it failed: the next look tries again, and the checkpoints after it have their turn. With `once` it raises."""
     log.info("checkpoint %d: %d of %d steps to run", due.step, due.missing, len(due.plan.nodes))
-    start(parse_config(due.config), due.plan, watcher.store, device, [], runner)
+    try:
+        start(parse_config(due.config), due.plan, watcher.store, device, [], runner)
+    except (StagediffError, OSError) as error:
+        if once:
+            raise
+        log.error("checkpoint %d: %s The next look, in %.0f s, tries again.", due.step, error, watcher.settings.every)
+        return None
     report = watcher.store.artifact(due.plan["report"].ref).local("index.html")
     log.info("checkpoint %d: done, report %s", due.step, report)
     return {"step": due.step, "report": str(report)}

@@ -66,6 +66,12 @@ def run(
         return spec.ref
     for ref in spec.refs():
         store.artifact(ref).require()
+    from stagediff.numerics import resolve_device
+
+    if ":" in resolve_device(device):
+        raise UserError(
+            f"{ranks} processes are to share {name or spec.step}, but the device {device!r} is a single one. Use cuda, or one process."
+        )
     if force or artifact.is_complete:
         store.quarantine(spec.ref)  # here and once: to the ranks it is a step that is not done
     called = f"{name or spec.step} {spec.key[:8]}"

@@ -95,5 +95,7 @@ def _or_lost(call: Callable[[], T]) -> T:
     """A call that needs the other ranks: raises RankLostError where one is gone."""
     try:
         return call()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise RankLostError(f"another rank does not answer: {error}") from error

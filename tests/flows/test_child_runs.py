@@ -12,12 +12,13 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName, FlowRunFilterState, FlowRunFilterStateType
 from prefect.client.schemas.objects import StateType
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Completed, Crashed, Failed, Pending, Running
+from prefect.states import Cancelling, Completed, Crashed, Failed, Pending, Running
 from prefect.testing.utilities import prefect_test_harness
 from tiny import tiny_config
 
 from flows import children, deploy, schedule
 from flows.children import patiently
+from flows.crashes import CRASHES
 from flows.deploy import main
 from flows.janitor import janitor
 from flows.pools import Wanted
@@ -72,7 +73,14 @@ class FakeWorker:
         self.ran.append((name, play))
         self.parameters.append(given)
         client.set_flow_run_state(run.id, Pending(), force=True)
+        if play == "refused":
+            client.set_flow_run_state(run.id, Crashed(message="sbatch: invalid partition"), force=True)
+            return
         client.set_flow_run_state(run.id, Running(), force=True)
+        if play == "cancelled":  # as on Slurm: the engine sees a signal, and the worker speaks later
+            client.set_flow_run_state(run.id, Cancelling(), force=True)
+            client.set_flow_run_state(run.id, Crashed(message="a termination signal"), force=True)
+            return
         if play == "compute":
             spec = steps.spec_from_json(next(t for t in run.tags if t in BY_NAME), given["spec"])
             store = Store(given["store"])
@@ -145,7 +153,7 @@ def test_a_step_that_crashes_every_time_is_given_up(worker, copy):
     worker.plays["quality-M"] = ["crash"] * 9
     with pytest.raises(StepsFailedError, match="node gone"):
         run(config)
-    assert worker.ran == [("quality-M", "crash")] * children.CRASHES
+    assert worker.ran == [("quality-M", "crash")] * CRASHES
 
 
 def test_a_worker_with_another_store_is_noticed(worker, copy):
@@ -192,6 +200,23 @@ def test_what_could_never_start_is_refused_before_anything_does(worker, copy, re
     assert worker.ran == []
 
 
+def test_a_run_that_crashes_before_it_starts_is_given_up_too(worker, copy):
+    config, _, _ = copy("quality-M")
+    worker.plays["quality-M"] = ["refused"] * 9
+    with pytest.raises(StepsFailedError, match="invalid partition"):
+        run(config)
+    assert worker.ran == [("quality-M", "refused")] * CRASHES
+
+
+def test_a_cancelled_step_is_not_started_again_for_the_crash_it_ends_with(worker, copy):
+    config, _, _ = copy("quality-M")
+    worker.plays["quality-M"] = ["cancelled"]
+    with pytest.raises(StepsFailedError, match="termination signal"):
+        run(config)
+    assert worker.ran == [("quality-M", "cancelled")]
+    assert janitor(grace=0) == []
+
+
 def test_a_config_file_may_be_named_by_its_path(worker, copy, tmp_path):
     config, _, plan = copy("quality-M")
     file = tmp_path / "tiny.yaml"
@@ -223,6 +248,10 @@ def test_the_janitor_starts_crashed_runs_again_a_few_times(copy):
             return made.id
 
         once, often, failed = crashed("once", 1), crashed("often", 3), crashed("failed", 1)
+        refused = client.create_flow_run_from_deployment(deployment.id, parameters=given, name="refused", tags=deployment.tags).id
+        for _ in range(CRASHES):  # before it runs: Prefect's own count of starts stays at 0
+            client.set_flow_run_state(refused, Pending(), force=True)
+            client.set_flow_run_state(refused, Crashed(message="sbatch: invalid partition"), force=True)
         client.set_flow_run_state(failed, Failed(message="out of memory"), force=True)
         assert janitor(grace=3600) == []  # not yet
         assert janitor(grace=0) == ["once"]

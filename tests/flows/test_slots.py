@@ -71,3 +71,12 @@ def test_more_gpus_than_the_machine_has_are_refused(monkeypatch):
     with slots.gpu_slots(2) as devices:
         assert devices == ["0", "1"]
         assert slots.os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+
+
+def test_a_step_without_gpus_sees_none(monkeypatch):
+    monkeypatch.setenv(slots.LIMIT, "pool-gpus")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with slots.gpu_slots(0) as devices:
+        assert devices == []
+        assert slots.os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert slots.os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
