@@ -29,6 +29,8 @@ from stagediff.config import make_plan, parse_config
 from stagediff.errors import UserError
 from stagediff.store import State, Store
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module", autouse=True)
 def prefect_server():

@@ -165,6 +165,7 @@ def test_two_ranks_finetune_from_a_start_with_its_optimiser_and_revived_features
     assert files[0] == files[1]
 
 
+@pytest.mark.integration
 def test_a_training_of_two_ranks_killed_again_and_again_resumes_to_the_same_bytes(planted, tmp_path):
     """A rank, the other one, torchrun between them, and who launched it: nothing is left behind, and the next attempt goes on."""
     hit, undisturbed = Store(tmp_path / "hit"), Store(tmp_path / "undisturbed")

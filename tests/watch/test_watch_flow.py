@@ -20,6 +20,8 @@ from stagediff.watch.watcher import Watcher
 
 from .runs import tiny_watch
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module", autouse=True)
 def prefect_server():
