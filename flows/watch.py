@@ -2,7 +2,7 @@
 
 It is run on a schedule and at every announced checkpoint (flows/announce.py); either alone is enough, since it does not trust what it is told but
 reconciles what lies there with what the store has. So a lost event, a killed run or a server that was away delay a checkpoint until the next look, and
-two looks at once start nothing twice: a pipeline's run has the idempotency key <run>:<step>:<report>, and the store says what is done.
+two looks at once start nothing twice: a pipeline's run has the idempotency key <config>:<step>:<report>, and the store says what is done.
 
 inline       the pipeline runs within this flow
 deployments  the pipeline is a run of its own; while one is on its way nothing else is started, and what comes meanwhile is taken all at once afterwards
@@ -138,7 +138,7 @@ class _Pipelines:
 
     def __init__(self, watcher: Watcher, device: str, pool: str):
         self._watcher, self._device, self._pool = watcher, device, pool
-        self._tag = f"watch:{watcher.run}"
+        self._tag = f"watch:{_called(watcher)}"
 
     def start(self, due: Due) -> str:
         """Has the run for what is due started, unless one is on its way; says which. Raises StagediffError where a person has to look."""
@@ -149,7 +149,7 @@ class _Pipelines:
 
     def _start(self, client: SyncPrefectClient, due: Due) -> str:
         for again in range(AGAIN):
-            key = f"{self._watcher.run}:{due.step}:{due.plan['report'].ref.key}" + (f":{again}" if again else "")
+            key = f"{_called(self._watcher)}:{due.step}:{due.plan['report'].ref.key}" + (f":{again}" if again else "")
             found = patiently(partial(self._find, client, key))
             if found is None:
                 made = patiently(partial(self._make, due, key))
@@ -205,8 +205,13 @@ def _show(watcher: Watcher, look: Look, started: list[str]) -> None:
     for line in (look.waits_for and f"waiting for {look.waits_for}", *started):
         if line:
             rows.insert(0, {"checkpoint": "", "state": line, "why": "", "where": ""})
-    key = "watch-" + (re.sub(r"[^a-z0-9]+", "-", watcher.run.lower()).strip("-") or "run")
+    key = "watch-" + (re.sub(r"[^a-z0-9]+", "-", _called(watcher).lower()).strip("-") or "run")
     create_table_artifact(rows, key=key, description=f"Checkpoints of {watcher.run} in {watcher.settings.source}")
+
+
+def _called(watcher: Watcher) -> str:
+    """Whose runs these are: the config's name, since two configs may watch one training."""
+    return watcher.config.name or watcher.run
 
 
 def _page(run: FlowRun) -> str:
@@ -227,7 +232,7 @@ def entry(config: dict[str, Any], *, pool: str = POOL, device: str = "auto", mod
     body["store"] = absolute(body["store"])
     watcher = Watcher(parse_config(body))
     return {
-        "name": re.sub(r"[/%&<>]+", "-", watcher.run),
+        "name": re.sub(r"[/%&<>]+", "-", _called(watcher)),
         "description": f"Looks for new checkpoints in {watcher.settings.source} and starts the pipeline for each, once.",
         "entrypoint": "flows/watch.py:watch",
         "tags": ["stagediff", "watch", RETRY_TAG],
@@ -245,7 +250,8 @@ def deploy(config: dict[str, Any], *, pool: str = POOL, device: str = "auto") ->
     from flows.deploy import ROOT, api, register
 
     made = entry(config, pool=pool, device=device)
-    Watcher(parse_config(made["parameters"]["config"])).place.find()  # a place that can't be looked at is better told now
+    watcher = Watcher(parse_config(made["parameters"]["config"]))
+    watcher.place.find()  # a place that can't be looked at is better told now
     pipeline = f"{PIPELINES[config['kind']].name}/{pool}"
     with api() as client:
         there = [found.name for found in client.read_work_pools()]
@@ -254,7 +260,7 @@ def deploy(config: dict[str, Any], *, pool: str = POOL, device: str = "auto") ->
         if not _has_deployment(client, pipeline):
             raise UserError(f"There is no deployment {pipeline} that a watch could start. Run `make deploy` first.")
         register(client, made, str(ROOT))
-    return f"watch/{made['name']} looks every {made['schedules'][0]['interval']:g} s, and at every checkpoint announced for the run {made['name']}."
+    return f"watch/{made['name']} looks every {made['schedules'][0]['interval']:g} s, and at every checkpoint announced for the run {watcher.run}."
 
 
 def _has_deployment(client: SyncPrefectClient, name: str) -> bool:
