@@ -83,12 +83,12 @@ def install(client: SyncPrefectClient, wanted: Wanted, template: dict[str, Any],
     queues = {queue.name: queue for queue in client.read_work_queues(work_pool_name=wanted.name)}
     limits: dict[str, int | None] = {CPU: None, GPU: None}
     if kind == "process":
-        limits = {
-            CPU: wanted.cpu_steps or (2 if is_new else None),
-            GPU: gpus_of_machine() if wanted.gpus is None and is_new else wanted.gpus,
-        }
-        if limits[GPU]:
-            _limit(client, limit_of(wanted.name), limits[GPU] or 0)
+        cpu_steps = wanted.cpu_steps or (2 if is_new else None)
+        gpus = gpus_of_machine() if wanted.gpus is None and is_new else wanted.gpus
+        # without a GPU the steps that would take one run on the CPU, and must not all start at once either
+        limits = {CPU: cpu_steps, GPU: cpu_steps or 2 if gpus == 0 else gpus}
+        if gpus is not None:
+            _limit(client, limit_of(wanted.name), gpus)
     for name, limit in limits.items():
         if name not in queues:
             queues[name] = client.create_work_queue(name=name, work_pool_name=wanted.name)
@@ -116,9 +116,14 @@ def _new_template(kind: str) -> dict[str, Any]:
 
 
 def _limit(client: SyncPrefectClient, name: str, limit: int) -> None:
+    """Makes, changes or (0) removes the limit that counts GPUs."""
     try:
         client.read_global_concurrency_limit_by_name(name)
     except ObjectNotFound:
-        client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=limit))
+        if limit:
+            client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=limit))
     else:
-        client.update_global_concurrency_limit(name, GlobalConcurrencyLimitUpdate(limit=limit))
+        if limit:
+            client.update_global_concurrency_limit(name, GlobalConcurrencyLimitUpdate(limit=limit))
+        else:
+            client.delete_global_concurrency_limit_by_name(name)

@@ -21,7 +21,7 @@ from flows.children import patiently
 from flows.crashes import CRASHES
 from flows.deploy import main
 from flows.janitor import janitor
-from flows.pools import Wanted
+from flows.pools import Wanted, gpus_of, install, template_for
 from flows.schedule import StepsFailedError
 from flows.stagewise import stagewise
 from stagediff import steps
@@ -322,6 +322,18 @@ def test_deploy_sets_up_limits_automations_and_schedules():
         assert client.read_deployment_by_name("quality/stagediff").work_queue_name == "gpu"
         assert client.read_deployment_by_name("diff/stagediff").work_queue_name == "cpu"
         assert client.read_deployment_by_name("stagewise/stagediff").parameters == {"mode": "deployments", "pool": "stagediff"}
+
+
+def test_a_pool_without_gpus_bounds_the_steps_that_would_take_one_all_the_same():
+    with get_client(sync_client=True) as client:
+        for gpus, places in ((2, 2), (0, 3)):
+            there = {pool.name: pool for pool in client.read_work_pools()}
+            wanted = Wanted("bare", "process", gpus=gpus, cpu_steps=3)
+            install(client, wanted, template_for(wanted, there), there)
+            queues = {queue.name: queue.concurrency_limit for queue in client.read_work_queues(work_pool_name="bare")}
+            assert (queues["gpu"], queues["cpu"]) == (places, 3)
+            assert gpus_of(client, "bare") == (gpus or None)
+        client.delete_work_pool("bare")
 
 
 def test_runs_of_the_past_are_seen_by_their_names(worker, copy):
