@@ -6,7 +6,7 @@ The library knows nothing of Prefect; `tasks/` and `flows/` build the pipeline o
 
 import os
 
-# Before torch is imported. Threads that spin for long while they wait make two processes on two cores ten times slower than one. A thousand
+# Before torch is imported. Threads that spin for long while they wait make two processes on two cores many times slower than one. A thousand
 # turns bridge the gaps between a small step's operations and halve its time (batch 128); beside a second process it then takes 1.6 times as long.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

@@ -20,9 +20,8 @@ D, PER_ROW, SHARD_ROWS = 32, 32, 512  # shards of 1 MiB
 SHARD_TOKENS = PER_ROW * SHARD_ROWS
 SIZES = 68, 268  # shards
 DICTIONARY = DictionaryConfig(architecture="topk", features=64, k=2, auxk=0)
-MOST = 100
-"""MiB that the larger size may need more: half of what the data differ by. Two runs of one size differ by up to 60, by what freed memory is kept
-(`numerics.reuse_freed_memory`)."""
+MOST = 30
+"""MiB that the larger size may need more."""
 
 CODE = """
 import json, sys
