@@ -8,7 +8,6 @@ answer for it.
 The server may be away for a while: what is asked of it is asked again for some minutes. The store, not the server, says what is complete.
 """
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -169,13 +168,8 @@ class Children:
     def _key(self, piece: Piece, again: int) -> str:
         key = f"{self._parent}:{piece.node.ref}:{piece.part}/{piece.parts}"
         if piece.force:
-            key += f":forced-{self._inputs(piece.node)}"
+            key += f":forced-{self._store.bytes_of(piece.node.spec.refs())}"
         return f"{key}:{again}" if again else key
-
-    def _inputs(self, node: Node) -> str:
-        """A digest of the bytes that a step reads now."""
-        read = [sorted(self._store.artifact(ref).read_manifest().data().items()) for ref in node.spec.refs()]
-        return hashlib.sha256(repr(read).encode()).hexdigest()[:12]
 
     @staticmethod
     def _find(client: SyncPrefectClient, key: str) -> FlowRun | None:

@@ -132,6 +132,7 @@ class Run:
             if self._states[node.ref] is State.DAMAGED and node.name not in force:
                 store.artifact(node.ref).read_manifest()  # says what is wrong
         self._forced: set[Ref] = set()
+        self._anything_forced = bool(force)
         self._force(plan[name].ref for name in force)
         missing = plan.missing(store, self._states)
         plan.check(missing)
@@ -176,16 +177,22 @@ class Run:
     def finished(self, node: Node) -> None:
         """Call after each step that ran. What reads a forced step whose bytes changed is forced too; idle activations go where only tables are kept."""
         self._states[node.ref] = State.COMPLETE
-        if self.is_forced(node):
-            self._forced.discard(node.ref)
-            if self.store.artifact(node.ref).manifest.same_bytes is False:
-                self._force(n.ref for n in self.plan if node.ref in n.spec.refs())
+        self._forced.discard(node.ref)
+        if self._anything_forced:
+            self._force(n.ref for n in self.plan if node.ref in n.spec.refs() and self._read_other_bytes(n))
         missing = self.plan.missing(self.store, self._states)
         self._missing = {n.ref for n in missing}
         if self.keep == "tables":
             for idle in self.plan.unneeded(self._states, missing):
                 self.store.evict(idle.ref)
                 self._states[idle.ref] = State.EVICTED
+
+    def _read_other_bytes(self, node: Node) -> bool:
+        """Whether a complete artifact was computed from other bytes than its upstream holds now."""
+        held = (State.COMPLETE, State.EVICTED)
+        if self._states[node.ref] not in held or any(self._states.get(ref, State.COMPLETE) not in held for ref in node.spec.refs()):
+            return False  # runs anyway, or another of its inputs will be there later
+        return self.store.artifact(node.ref).read_manifest().inputs != self.store.bytes_of(node.spec.refs())
 
     def _force(self, refs: Iterable[Ref]) -> None:
         for ref in refs:

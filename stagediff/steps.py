@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import stagediff
-from stagediff.errors import UserError
+from stagediff.errors import DamagedError, UserError
 from stagediff.progress import Progress
 from stagediff.spec import Ref, Spec
-from stagediff.store import Artifact, State, Store, Writer
+from stagediff.store import Artifact, Manifest, State, Store, Writer
 
 __all__ = [
     "Extension",
@@ -221,28 +221,29 @@ def run(
     device: str = "auto",
     part: tuple[int, int] = (0, 1),
     progress: Progress | None = None,
-    force: bool = False,
+    force: bool | str = False,
     name: str | None = None,
 ) -> Ref:
     """Computes what is missing of `spec`'s artifact and returns its reference; at once if it is complete.
 
     A killed run is continued: the artifact's committed shards and training checkpoints are kept. An evicted artifact is computed again (who
     only wants its tables does not ask). With `part=(i, n)` only this worker's shards are written; whoever finds all of them present commits.
-    `force` moves a finished artifact to quarantine, computes it again and records in the manifest whether the bytes agree.
+    `force` moves a finished artifact to quarantine, computes it again and records in the manifest whether the bytes agree. A text does so once:
+    who comes with the same one again, after a crash or with another part, goes on or finds it done (unless what it reads has changed since).
     `name` is what progress calls it (its name in the plan).
     """
     step = get(spec.step)
-    artifact = store.artifact(spec.ref)
-    if not force and artifact.state is State.COMPLETE:
+    if is_done(spec, store, force):
         return spec.ref
     for ref in spec.refs():
         store.artifact(ref).require()
+    inputs = store.bytes_of(spec.refs())
     from stagediff.numerics import describe, resolve_device, reuse_freed_memory
 
     device = resolve_device(device)
     reuse_freed_memory()
     numerics = describe(device)
-    before = store.quarantine(spec.ref) if force or artifact.is_complete else None
+    before = make_room(spec, store, force)
     progress = progress or Progress()
     with store.write(spec, numerics) as writer:
         job = Job(store, writer, progress, device, part)
@@ -250,5 +251,29 @@ def run(
             figures = resolve(step.compute)(spec, job)
         if figures is None:  # another worker's shards are still missing
             return spec.ref
-        writer.commit(figures=figures, numerics=numerics, notes=job.notes, replaces=before)
+        writer.commit(figures=figures, numerics=numerics, notes=job.notes, replaces=before, inputs=inputs)
     return spec.ref
+
+
+def is_done(spec: Spec, store: Store, force: bool | str = False) -> bool:
+    """Whether `run` would return at once. Raises DamagedError when the manifest cannot be trusted and it is not forced."""
+    try:
+        artifact = store.artifact(spec.ref)
+        if artifact.state is not State.COMPLETE:
+            return False
+        return not force or (isinstance(force, str) and artifact.read_manifest().forced == _mark(spec, store, force))
+    except DamagedError:
+        if force:
+            return False
+        raise
+
+
+def make_room(spec: Spec, store: Store, force: bool | str = False) -> Manifest | None:
+    """Takes out of the way what is forced, or was evicted, and is to be computed again; returns its manifest. Its inputs must be complete."""
+    if not force and not store.artifact(spec.ref).is_complete:
+        return None
+    return store.quarantine(spec.ref, _mark(spec, store, force) if isinstance(force, str) else None)
+
+
+def _mark(spec: Spec, store: Store, force: str) -> str:
+    return f"{force}:{store.bytes_of(spec.refs())}"

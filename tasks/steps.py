@@ -13,6 +13,7 @@ from prefect import Task, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
+from prefect.runtime import flow_run
 from prefect.tasks import exponential_backoff
 
 from stagediff import ranks, steps
@@ -92,11 +93,13 @@ def _compute(
     opened = Store(store)
     full = steps.spec_from_json(step, spec)
     artifact = opened.artifact(full.ref)
-    was_there = artifact.state is Stored.COMPLETE and not force
     if not TaskRunContext.get():
         return ranks.run(full, opened, device=device, part=part, force=force, name=name)
+    # once for a pipeline's run, however often this one is retried: a run that was killed just after the commit finds its work done
+    once: bool | str = str(flow_run.parent_flow_run_id or flow_run.id) if force else False
+    was_there = steps.is_done(full, opened, once)
     with Reporter(name, full.key) as reporter:
-        ref = ranks.run(full, opened, device=device, part=part, progress=Progress(listener=reporter), force=force, name=name)
+        ref = ranks.run(full, opened, device=device, part=part, progress=Progress(listener=reporter), force=once, name=name)
     if artifact.state is Stored.COMPLETE:
         how = "was complete, nothing was computed" if was_there else "computed"
         show_result(name, ref, opened, how, report)

@@ -1,7 +1,9 @@
 """The product's step flows, watched: what computes is logged, and a test can make a step fail. Tests deploy these in place of `flows/steps.py`.
 
-OBSERVED_LOG names a file that gets a JSON line when a computation begins, and when it is done or failed. While the file
-OBSERVED_FAULTS/<name of the step in the plan> exists, that step raises; with OBSERVED_HOLD/<name> there it waits (so that a test can kill it).
+OBSERVED_LOG names a file that gets a JSON line when a computation begins, at each shard of a harvest and each update of a training (by the first of
+several ranks), and when it is done or failed; none where the artifact is found complete. While the file
+OBSERVED_FAULTS/<name of the step in the plan> exists, that step raises; with OBSERVED_HOLD/<name> there it waits (so that a test can kill it);
+with OBSERVED_HOLD/slow every shard and update takes a moment.
 Run as a program it is `make deploy`, with these in place of those.
 """
 
@@ -15,8 +17,9 @@ from typing import Any
 from flows.names import attribute
 from flows.steps import flow_of
 from stagediff import steps
+from stagediff.ranks import launch
 
-_compute = steps.run
+_compute, _command = steps.run, launch.command
 
 
 def _note(event: str, **more: Any) -> None:
@@ -29,6 +32,9 @@ def _note(event: str, **more: Any) -> None:
 
 def _observed(spec: Any, store: Any, **given: Any) -> Any:
     about = {"name": given.get("name"), "store": store.root, "force": given.get("force", False)}
+    if steps.is_done(spec, store, given.get("force", False)):
+        return _compute(spec, store, **given)
+    _watch_work(spec.step, about)
     _note("begin", **about)
     try:
         while Path(os.environ["OBSERVED_HOLD"], str(about["name"])).exists():
@@ -43,7 +49,36 @@ def _observed(spec: Any, store: Any, **given: Any) -> Any:
     return ref
 
 
+def _watch_work(step: str, about: dict[str, Any]) -> None:
+    """From now on every shard or update of this process is noted. Imported here, as the product does: what is large where it computes only."""
+    if step == "harvest":
+        from stagediff.lm import harvest as module
+
+        owner: Any = module
+        name, event = "forward_shard", "shard"
+    elif step in ("train", "finetune"):
+        from stagediff.sae.trainer import Trainer
+
+        owner, name, event = Trainer, "train_on", "update"
+    else:
+        return
+    function = getattr(owner, name)
+
+    def noted(*args: Any, **options: Any) -> Any:
+        _note(event, **about)
+        if Path(os.environ["OBSERVED_HOLD"], "slow").exists():
+            time.sleep(0.2)
+        return function(*args, **options)
+
+    setattr(owner, name, noted)
+
+
+def _observed_command(ranks: int, module: str, *arguments: str) -> list[str]:
+    return _command(ranks, "tests.observed_ranks" if module == "stagediff.ranks" else module, *arguments)
+
+
 steps.run = _observed
+launch.command = _observed_command
 
 for _step in steps.all_steps():
     globals()[attribute(_step.name)] = flow_of(_step)

@@ -2,15 +2,18 @@
 
 import math
 import shutil
+from contextlib import contextmanager
 
 import pytest
 from tiny import tiny_config
 
+from stagediff import steps
 from stagediff.config import make_plan, parse_config
 from stagediff.diff.spec import STAGES
 from stagediff.errors import UserError
 from stagediff.plan import execute
 from stagediff.store import State, Store
+from stagediff.store.arrays import ArrayWriter
 
 
 def plan_of(store="unused", **changes):
@@ -124,6 +127,88 @@ def test_a_forced_step_gets_its_evicted_inputs_back(finished_run, tmp_path):
     execute(plan, store, device="cpu", force=["finetune-D"], keep="tables", on_done=lambda node: done.append(node.name))
     assert done == ["harvest-base", "harvest-base-new", "finetune-D"]
     assert store.artifact(plan["harvest-base"].ref).state is State.EVICTED
+
+
+def tampered(store, ref):
+    """Another result of the same step, as if it had been computed from other bytes or by other code."""
+    manifest = store.artifact(ref).manifest
+    table = next(f for f in manifest.files if f.path.endswith(".parquet"))
+    manifest.files = [f.model_copy(update={"crc32c": "00000000"}) if f is table else f for f in manifest.files]
+    store.objects.put(f"{ref}/manifest.json", manifest.to_bytes())
+
+
+def test_what_reads_a_forced_step_follows_where_it_was_computed_from_other_bytes(finished_run, tmp_path):
+    plan, store = copy_of(finished_run, tmp_path)
+    tampered(store, plan["quality-S"].ref)
+    done = []
+    execute(plan, store, device="cpu", force=["quality-S"], on_done=lambda node: done.append(node.name))
+    assert done == ["quality-S"]  # the report had been computed from what is there again
+    assert store.artifact(plan["quality-S"].ref).manifest.same_bytes is False
+    report = store.artifact(plan["report"].ref).manifest
+    store.objects.put(f"{plan['report'].ref}/manifest.json", report.model_copy(update={"inputs": "of other bytes"}).to_bytes())
+    execute(plan, store, device="cpu", force=["quality-S"], on_done=lambda node: done.append(node.name))
+    assert done[1:] == [
+        "quality-S",
+        "report",
+    ]  # although the last two times gave the same bytes: a run may be killed between a step and the next
+    assert store.artifact(plan["report"].ref).manifest.inputs == report.inputs
+
+
+def test_a_step_is_forced_once_under_one_mark_however_often_its_run_is_tried(finished_run, tmp_path):
+    plan, store = copy_of(finished_run, tmp_path)
+    node = plan["quality-S"]
+    tampered(store, node.ref)
+    steps.run(node.spec, store, device="cpu", force="a run")
+    first = store.artifact(node.ref).manifest
+    assert first.same_bytes is False
+    assert steps.is_done(node.spec, store, "a run")
+    steps.run(node.spec, store, device="cpu", force="a run")  # it was killed before it could say that it was done
+    assert store.artifact(node.ref).manifest == first
+    steps.run(node.spec, store, device="cpu", force="another run")
+    assert store.artifact(node.ref).manifest.same_bytes is True
+
+
+def test_a_mark_stands_for_what_is_read_too(finished_run, tmp_path):
+    plan, store = copy_of(finished_run, tmp_path)
+    node = plan["quality-S"]
+    steps.run(node.spec, store, device="cpu", force="a run")
+    tampered(store, plan["train-S"].ref)
+    assert not steps.is_done(node.spec, store, "a run")
+
+
+def test_the_shares_of_a_forced_step_are_computed_once_each(finished_run, tmp_path):
+    plan, store = copy_of(finished_run, tmp_path)
+    node = plan["harvest-base"]
+    written = []
+
+    def share(i):
+        with monkeypatched_shards(written, i):
+            steps.run(node.spec, store, device="cpu", part=(i, 2), force="a run")
+
+    before = store.artifact(node.ref).manifest
+    share(0)
+    assert not store.artifact(node.ref).is_complete
+    share(0)  # its run crashed and is tried again
+    share(1)
+    share(0)
+    after = store.artifact(node.ref).manifest
+    assert after.data() == before.data()
+    assert sorted(shard for _, shard in written) == list(range(sum("/c/" in path for path in before.data())))
+    assert {part for part, _ in written} == {0, 1}
+
+
+@contextmanager
+def monkeypatched_shards(written, part):
+    """Notes (part, shard) of every shard that is written meanwhile."""
+    real = ArrayWriter.write_shard
+
+    def noted(self, shard, *args, **options):
+        written.append((part, shard))
+        return real(self, shard, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ArrayWriter, "write_shard", noted)
+        yield
 
 
 def test_an_unknown_forced_step_is_named(finished_run):

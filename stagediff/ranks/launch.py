@@ -19,7 +19,7 @@ from stagediff.progress import Progress
 from stagediff.ranks.progress import Told
 from stagediff.ranks.tree import Ended, run_tree
 from stagediff.spec import Ref, Spec
-from stagediff.store import State, Store
+from stagediff.store import Store
 
 __all__ = ["RANKS", "RankLostError", "command", "ranks_here", "run"]
 
@@ -49,7 +49,7 @@ def run(
     device: str = "auto",
     part: tuple[int, int] = (0, 1),
     progress: Progress | None = None,
-    force: bool = False,
+    force: bool | str = False,
     name: str | None = None,
     ranks: int | None = None,
 ) -> Ref:
@@ -61,8 +61,7 @@ def run(
     step = steps.get(spec.step)
     if ranks == 1 or not step.by_ranks:
         return steps.run(spec, store, device=device, part=part, progress=progress, force=force, name=name)
-    artifact = store.artifact(spec.ref)
-    if not force and artifact.state is State.COMPLETE:
+    if steps.is_done(spec, store, force):
         return spec.ref
     for ref in spec.refs():
         store.artifact(ref).require()
@@ -72,8 +71,7 @@ def run(
         raise UserError(
             f"{ranks} processes are to share {name or spec.step}, but the device {device!r} is a single one. Use cuda, or one process."
         )
-    if force or artifact.is_complete:
-        store.quarantine(spec.ref)  # here and once: to the ranks it is a step that is not done
+    steps.make_room(spec, store, force)  # here and once: to the ranks it is a step that is not done
     called = f"{name or spec.step} {spec.key[:8]}"
     with tempfile.TemporaryDirectory(prefix="stagediff-ranks-") as folder:
         order = {"step": spec.step, "spec": spec.model_dump(mode="json"), "store": store.root, "device": device, "part": part, "name": name}

@@ -63,6 +63,10 @@ class Manifest(BaseModel):
     """Of all writers together."""
     same_bytes: bool | None = None
     """After a forced recomputation: whether the data files agree with those of the artifact it replaced."""
+    forced: str | None = None
+    """The mark under which it was computed anew (`steps.run`): who comes with the same one again need not."""
+    inputs: str | None = None
+    """Stands for the bytes that it was computed from (`Store.bytes_of`): whether they are still what its upstream holds."""
     evicted: bool = False
 
     @property

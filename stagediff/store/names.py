@@ -8,6 +8,7 @@ of the root that start with "_" hold no artifacts: `_quarantine/`, `_scratch/`.
 import re
 
 __all__ = [
+    "FORCED",
     "LOCKS",
     "MANIFEST",
     "PARTIAL",
@@ -31,6 +32,7 @@ RECEIPTS = f"{WORK}/receipts"
 TRAINING = f"{WORK}/training"
 LOCKS = f"{WORK}/locks"
 REPLACES = f"{WORK}/replaces.json"
+FORCED = f"{WORK}/forced"
 QUARANTINE = "_quarantine"
 SCRATCH = "_scratch"
 PARTIAL = ".partial"

@@ -10,6 +10,7 @@
 It is the only truth about what is done.
 """
 
+import hashlib
 import json
 import logging
 import re
@@ -27,7 +28,7 @@ from stagediff.spec import Ref, Spec
 from stagediff.store.artifact import Artifact, Problem, State
 from stagediff.store.claims import is_alive
 from stagediff.store.manifest import Manifest
-from stagediff.store.names import MANIFEST, QUARANTINE, REPLACES, SCRATCH, SESSIONS, SPEC, WORK
+from stagediff.store.names import FORCED, MANIFEST, QUARANTINE, REPLACES, SCRATCH, SESSIONS, SPEC, WORK
 from stagediff.store.objects import open_objects
 from stagediff.store.writer import Writer
 
@@ -154,11 +155,17 @@ class Store:
             problems = artifact.verify()
             yield ref, State.DAMAGED if problems else artifact.state, problems
 
-    def quarantine(self, ref: Ref) -> Manifest | None:
-        """Moves an artifact out of the way, so that it is computed again; returns its manifest.
+    def bytes_of(self, refs: Iterable[Ref]) -> str:
+        """A digest of what complete artifacts hold now; raises UserError where one is not complete."""
+        held = [sorted(self.artifact(ref).read_manifest().data().items()) for ref in refs]
+        return hashlib.sha256(repr(held).encode()).hexdigest()[:16]
+
+    def quarantine(self, ref: Ref, mark: str | None = None) -> Manifest | None:
+        """Moves a complete artifact out of the way, so that it is computed again; returns its manifest.
 
         The new artifact remembers the manifest until it is committed: a forced run that was killed goes on when it is forced again, and still says whether the
-        bytes agree. None when there was nothing complete (and readable) to compare with.
+        bytes agree. None when there was nothing complete (and readable) to compare with. Unfinished work stays, to be gone on with: there is no result to
+        doubt, and it may be that of another worker which shares the step. `mark` will stand in the new manifest as `forced`.
         """
         artifact = self.artifact(ref)
         manifest = None
@@ -170,10 +177,12 @@ class Store:
         except UserError:  # another worker has moved it since
             manifest = self._remembered(ref)
         # Looked up again: a worker that was faster may have moved it, and begun anew, since.
-        if artifact.is_complete or (not complete and manifest is None):
+        if artifact.is_complete:
             self._set_aside(ref)
         if manifest is not None:
             self.objects.put(f"{ref}/{REPLACES}", manifest.to_bytes())
+        if mark is not None:
+            self.objects.put(f"{ref}/{FORCED}", mark.encode())
         return manifest
 
     def _remembered(self, ref: Ref) -> Manifest | None:

@@ -25,7 +25,7 @@ from stagediff.store.checksum import crc32c, crc_hex, file_crc32c
 from stagediff.store.claims import Claims, Session
 from stagediff.store.faults import explained, is_full
 from stagediff.store.manifest import FileRecord, Manifest, WriterRecord, plain
-from stagediff.store.names import LOCKS, MANIFEST, PARTIAL, RECEIPTS, REPLACES, SCRATCH, SESSIONS, SPEC, WORK, check_name, claims
+from stagediff.store.names import FORCED, LOCKS, MANIFEST, PARTIAL, RECEIPTS, REPLACES, SCRATCH, SESSIONS, SPEC, WORK, check_name, claims
 from stagediff.store.objects import Objects
 from stagediff.store.training import TrainingCheckpoints
 
@@ -260,6 +260,7 @@ class Writer:
         numerics: Mapping[str, Any] | None = None,
         notes: Mapping[str, Any] | None = None,
         replaces: Manifest | None = None,
+        inputs: str | None = None,
     ) -> Manifest:
         """Makes the artifact complete: checks that everything is there, writes the manifest, drops claims, receipts and training checkpoints.
 
@@ -267,6 +268,8 @@ class Writer:
         ----------
         replaces
             Manifest of the artifact that this one was computed anew for; `same_bytes` says whether they agree. After a kill the store remembers it.
+        inputs
+            `Store.bytes_of` its upstream, as they were read.
 
         Raises
         ------
@@ -301,6 +304,8 @@ class Writer:
                 host=self._session.host,
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 seconds=round(sum(w.seconds for w in writers), 3),
+                forced=self._mark(),
+                inputs=inputs,
             )
             if replaces is not None:
                 manifest.same_bytes = manifest.data() == replaces.data()
@@ -337,6 +342,12 @@ class Writer:
 
         with ThreadPoolExecutor(_READERS) as pool:
             return list(pool.map(record, sorted(stored)))
+
+    def _mark(self) -> str | None:
+        try:
+            return self.objects.get(f"{self.ref}/{FORCED}").decode()
+        except FileNotFoundError:
+            return None
 
     def _replaced(self) -> Manifest | None:
         key = f"{self.ref}/{REPLACES}"

@@ -2,8 +2,11 @@
 
 import shutil
 import threading
+import time
 from collections import Counter, defaultdict
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from uuid import uuid4
 
 import httpx
 import pytest
@@ -11,6 +14,8 @@ import yaml
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName, FlowRunFilterState, FlowRunFilterStateType
 from prefect.client.schemas.objects import StateType
+from prefect.events.filters import EventFilter, EventNameFilter, EventResourceFilter
+from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling, Completed, Crashed, Failed, Pending, Running
 from prefect.testing.utilities import prefect_test_harness
@@ -18,7 +23,7 @@ from tiny import tiny_config
 
 from flows import children, deploy, schedule
 from flows.children import patiently
-from flows.crashes import CRASHES
+from flows.crashes import CRASHES, past_of
 from flows.deploy import main
 from flows.janitor import janitor
 from flows.pools import Wanted, gpus_of, install, template_for
@@ -262,6 +267,82 @@ def test_the_janitor_starts_crashed_runs_again_a_few_times(copy):
         assert client.read_flow_run(failed).state.is_failed()
         assert janitor(grace=0) == []
         client.delete_flow_run(once)
+
+
+@pytest.fixture
+def made(copy):
+    """Makes runs of a step in a given state, as a pipeline's children; they are deleted at the end."""
+    _, store, plan = copy()
+    given = {"run": "tiny", "name": "quality-M", "spec": plan["quality-M"].spec.model_dump(mode="json"), "store": store.root}
+    with get_client(sync_client=True) as client:
+        deployment = client.read_deployment_by_name("quality/stagediff")
+        ids = []
+
+        def make(name, *states):
+            ids.append(client.create_flow_run_from_deployment(deployment.id, parameters=given, name=name, tags=deployment.tags).id)
+            for state in states:
+                client.set_flow_run_state(ids[-1], state, force=True)
+            return ids[-1]
+
+        yield make
+        for run in ids:
+            with suppress(ObjectNotFound):
+                client.delete_flow_run(run)
+
+
+def state_of(run):
+    with get_client(sync_client=True) as client:
+        return client.read_flow_run(run).state
+
+
+def test_the_janitor_finds_runs_that_a_worker_took_and_never_started(made, monkeypatch):
+    run = made("taken", Pending())
+    assert janitor(grace=0) == []
+    assert state_of(run).is_pending()  # its process may still be on its way
+    with monkeypatch.context() as patch:
+        patch.setattr("flows.janitor.type_of", lambda pool: "slurm")
+        assert janitor(grace=0, pending=0) == []
+    assert state_of(run).is_pending()  # it waits in the cluster's queue
+    assert janitor(grace=0, pending=0) == []
+    assert state_of(run).is_crashed()
+    assert "never started" in state_of(run).message
+    assert janitor(grace=0) == ["taken"]
+
+
+def test_the_janitor_finds_runs_whose_hearts_have_stopped(made):
+    stopped, never = made("stopped", Running()), made("never", Running())
+    beat = {"event": "prefect.flow-run.heartbeat", "resource": {"prefect.resource.id": f"prefect.flow-run.{stopped}"}}
+    beat |= {"occurred": datetime.now(UTC).isoformat(), "id": str(uuid4())}
+    with get_client(sync_client=True) as client:
+        client.request("POST", "/events", json=[beat])
+        until = time.monotonic() + 30
+        of_this_run = EventFilter(
+            resource=EventResourceFilter(id=[f"prefect.flow-run.{stopped}"]), event=EventNameFilter(name=[beat["event"]])
+        )
+        while not client.read_events(of_this_run, limit=1).events:
+            assert time.monotonic() < until
+            time.sleep(0.1)
+    assert janitor(grace=0) == []
+    assert state_of(stopped).is_running()
+    assert janitor(grace=0, silence=0) == []
+    assert state_of(stopped).is_crashed()
+    assert "heartbeat" in state_of(stopped).message
+    assert state_of(never).is_running()  # where nothing beats, silence says nothing
+    assert janitor(grace=0) == ["stopped"]
+
+
+def test_a_run_that_is_deleted_meanwhile_keeps_the_janitor_from_no_other(made, monkeypatch):
+    for name in ("gone", "there"):
+        made(name, Running(), Crashed(message="node gone"))
+
+    def deletes(client, run):
+        past = past_of(client, run)
+        if run.name == "gone":
+            client.delete_flow_run(run.id)
+        return past
+
+    monkeypatch.setattr("flows.janitor.past_of", deletes)
+    assert janitor(grace=0) == ["there"]
 
 
 def test_the_api_may_be_away_for_a_while_but_not_for_ever():

@@ -8,10 +8,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from local_prefect import ROOT, Server, Worker, local_prefect
+from local_prefect import ROOT, Server, Worker, local_prefect, until
+from one_host_slurm import whole_cluster
 from tiny import tiny_config
 
 from stagediff.config import make_plan, parse_config
@@ -95,7 +97,11 @@ class Deployed:
 
     def done(self, case: Case) -> Counter[str]:
         """How often each step was computed to its end."""
-        return Counter(e["name"] for e in self.events(case) if e["event"] == "done")
+        return self.noted(case, "done")
+
+    def noted(self, case: Case, event: str) -> Counter[str]:
+        """How many such events each step of a case had."""
+        return Counter(e["name"] for e in self.events(case) if e["event"] == event)
 
 
 @pytest.fixture(scope="session")
@@ -120,6 +126,29 @@ def deployed(tmp_path_factory, finished_run) -> Iterator[Deployed]:
             yield made
         finally:
             made.worker.end()
+
+
+@pytest.fixture(scope="session")
+def lab(deployed, tmp_path_factory) -> Iterator[SimpleNamespace]:
+    """The pool `lab`, of type slurm, with its worker, beside the process pool on which pipelines run."""
+    with whole_cluster(tmp_path_factory.mktemp("slurm") / "cluster") as cluster:
+        server, folder = deployed.server, deployed.folder
+        options = ["--pool=stagediff", "--pool=lab=slurm", "--gpus=lab=1", f"--variable=lab:python={sys.executable}"]
+        options += [f"--variable=lab:working_dir={ROOT}", "--variable=lab:cpus=1", "--variable=lab:memory=1G"]
+        deploy(server, *options, program=["tests/observed_steps.py"])
+        watched = {"OBSERVED_LOG": folder / "computed.jsonl", "OBSERVED_FAULTS": folder / "faults", "OBSERVED_HOLD": folder / "hold"}
+        logs = cluster.folder / "jobs"
+        extra = {
+            **cluster.env,
+            "STAGEDIFF_SLURM_LOGS": str(logs),
+            **{name: str(path) for name, path in watched.items()},
+        }
+        worker = server.worker("lab", **extra)
+        try:
+            until(lambda: server.ask("/work_pools/lab/workers/filter"), f"the worker is up, see {worker.log}")
+            yield SimpleNamespace(cluster=cluster, worker=worker, logs=logs)
+        finally:
+            worker.end()
 
 
 def deploy(server: Server, *options: str, program: Sequence[str] = ("-m", "flows.deploy")) -> str:

@@ -4,45 +4,15 @@ Needs what `test_slurm.py` needs.
 """
 
 import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from types import SimpleNamespace
 
 import pytest
-from local_prefect import ROOT, until
-from one_host_slurm import whole_cluster
+from local_prefect import until
 
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.slow,
     pytest.mark.skipif(os.environ.get("STAGEDIFF_INTEGRATION") == "0", reason="STAGEDIFF_INTEGRATION=0"),
 ]
-
-
-@pytest.fixture(scope="module")
-def lab(deployed, tmp_path_factory) -> Iterator[SimpleNamespace]:
-    """The pool `lab`, of type slurm, with its worker, beside the process pool on which pipelines run."""
-    with whole_cluster(tmp_path_factory.mktemp("slurm") / "cluster") as cluster:
-        server, folder = deployed.server, deployed.folder
-        options = ["--pool=stagediff", "--pool=lab=slurm", "--gpus=lab=1", f"--variable=lab:python={sys.executable}"]
-        options += [f"--variable=lab:working_dir={ROOT}", "--variable=lab:cpus=1", "--variable=lab:memory=1G"]
-        command = [sys.executable, "tests/observed_steps.py", *options]
-        done = subprocess.run(command, env=server.environment, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        watched = {"OBSERVED_LOG": folder / "computed.jsonl", "OBSERVED_FAULTS": folder / "faults", "OBSERVED_HOLD": folder / "hold"}
-        logs = cluster.folder / "jobs"
-        extra = {
-            **cluster.env,
-            "STAGEDIFF_SLURM_LOGS": str(logs),
-            **{name: str(path) for name, path in watched.items()},
-        }
-        worker = server.worker("lab", **extra)
-        try:
-            until(lambda: server.ask("/work_pools/lab/workers/filter"), f"the worker is up, see {worker.log}")
-            yield SimpleNamespace(cluster=cluster, worker=worker, logs=logs)
-        finally:
-            worker.end()
 
 
 def pids(cluster) -> set[int]:

@@ -227,13 +227,16 @@ def test_a_kill_in_the_middle_of_quarantine_loses_no_manifest(root, log):
     assert store.quarantine(spec.ref) == manifest
 
 
-def test_quarantine_of_a_partial_artifact_starts_afresh(root):
+def test_unfinished_work_is_not_forced_but_gone_on_with(root, log):
     store, spec = Store(root), ToySpec()
     assert store.quarantine(spec.ref) is None
     with store.write(spec) as writer:
-        writer.write_bytes("a.bin", b"1")
-    assert store.quarantine(spec.ref) is None
-    assert store.artifact(spec.ref).state is State.ABSENT
+        array = writer.array("data", shape=(spec.rows, spec.width), dtype="uint16", chunk_rows=8, shard_rows=24)
+        array.write_shard(0, shard_rows(spec, 0, 24))
+    assert store.quarantine(spec.ref, "a mark") is None
+    assert store.objects.exists(f"{spec.ref}/data/c/0/0")
+    fill(spec, store, log)
+    assert store.artifact(spec.ref).manifest.forced == "a mark"
 
 
 def test_garbage_is_what_no_run_needs(root, log):
