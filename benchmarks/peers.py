@@ -71,13 +71,13 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for _ in range(given.rounds):
         for name in names:
-            result = in_process(name, given)
+            result = in_own_process(name, given)
             print(json.dumps(result), flush=True)
             found[name].append(result)
     print(table(found))
 
 
-def in_process(name: str, given: argparse.Namespace) -> dict[str, Any]:
+def in_own_process(name: str, given: argparse.Namespace) -> dict[str, Any]:
     python = sys.executable if name.startswith("stagediff") else given.peers_python or sys.executable
     options = ["--case", given.case, "--steps", str(given.steps), "--device", given.device, "--threads", str(given.threads), "--one", name]
     done = subprocess.run([python, str(Path(__file__).resolve()), *options], capture_output=True, text=True, cwd=Path(__file__).parents[1])

@@ -175,7 +175,10 @@ class Run:
         return node.ref not in self._missing
 
     def finished(self, node: Node) -> None:
-        """Call after each step that ran. What reads a forced step whose bytes changed is forced too; idle activations go where only tables are kept."""
+        """Call after each step that ran. Where a step was forced, what reads this one and was computed from other bytes is forced too.
+
+        Idle activations go where only tables are kept.
+        """
         self._states[node.ref] = State.COMPLETE
         self._forced.discard(node.ref)
         if self._anything_forced:
@@ -188,7 +191,7 @@ class Run:
                 self._states[idle.ref] = State.EVICTED
 
     def _read_other_bytes(self, node: Node) -> bool:
-        """Whether a complete artifact was computed from other bytes than its upstream holds now."""
+        """Whether a complete artifact was computed from other bytes than its upstream holds now, or does not say from which."""
         held = (State.COMPLETE, State.EVICTED)
         if self._states[node.ref] not in held or any(self._states.get(ref, State.COMPLETE) not in held for ref in node.spec.refs()):
             return False  # runs anyway, or another of its inputs will be there later

@@ -259,9 +259,12 @@ def is_done(spec: Spec, store: Store, force: bool | str = False) -> bool:
     """Whether `run` would return at once. Raises DamagedError when the manifest cannot be trusted and it is not forced."""
     try:
         artifact = store.artifact(spec.ref)
-        if artifact.state is not State.COMPLETE:
+        if artifact.state is not State.COMPLETE or force is True:
             return False
-        return not force or (isinstance(force, str) and artifact.read_manifest().forced == _mark(spec, store, force))
+        if not force:
+            return True
+        manifest = artifact.read_manifest()
+        return manifest.forced == force and manifest.inputs == store.bytes_of(spec.refs())
     except DamagedError:
         if force:
             return False
@@ -272,8 +275,4 @@ def make_room(spec: Spec, store: Store, force: bool | str = False) -> Manifest |
     """Takes out of the way what is forced, or was evicted, and is to be computed again; returns its manifest. Its inputs must be complete."""
     if not force and not store.artifact(spec.ref).is_complete:
         return None
-    return store.quarantine(spec.ref, _mark(spec, store, force) if isinstance(force, str) else None)
-
-
-def _mark(spec: Spec, store: Store, force: str) -> str:
-    return f"{force}:{store.bytes_of(spec.refs())}"
+    return store.quarantine(spec.ref, force if isinstance(force, str) else None)

@@ -20,6 +20,9 @@ from stagediff import steps
 from stagediff.ranks import launch
 
 _compute, _command = steps.run, launch.command
+_now: dict[str, Any] = {}
+"""What this process computes now."""
+_watched: set[str] = set()
 
 
 def _note(event: str, **more: Any) -> None:
@@ -34,7 +37,9 @@ def _observed(spec: Any, store: Any, **given: Any) -> Any:
     about = {"name": given.get("name"), "store": store.root, "force": given.get("force", False)}
     if steps.is_done(spec, store, given.get("force", False)):
         return _compute(spec, store, **given)
-    _watch_work(spec.step, about)
+    _now.clear()
+    _now.update(about)
+    _watch_work(spec.step)
     _note("begin", **about)
     try:
         while Path(os.environ["OBSERVED_HOLD"], str(about["name"])).exists():
@@ -49,7 +54,7 @@ def _observed(spec: Any, store: Any, **given: Any) -> Any:
     return ref
 
 
-def _watch_work(step: str, about: dict[str, Any]) -> None:
+def _watch_work(step: str) -> None:
     """From now on every shard or update of this process is noted. Imported here, as the product does: what is large where it computes only."""
     if step == "harvest":
         from stagediff.lm import harvest as module
@@ -62,10 +67,13 @@ def _watch_work(step: str, about: dict[str, Any]) -> None:
         owner, name, event = Trainer, "train_on", "update"
     else:
         return
+    if event in _watched:  # a task that is tried again
+        return
+    _watched.add(event)
     function = getattr(owner, name)
 
     def noted(*args: Any, **options: Any) -> Any:
-        _note(event, **about)
+        _note(event, **_now)
         if Path(os.environ["OBSERVED_HOLD"], "slow").exists():
             time.sleep(0.2)
         return function(*args, **options)

@@ -1,4 +1,4 @@
-"""Anything dies at a random moment, twenty times over: the pipeline ends complete by itself, and hardly anything is computed twice."""
+"""Anything dies at a random moment, twenty-four times over: the pipeline ends complete by itself, and hardly anything is computed twice."""
 
 import os
 import random

@@ -15,12 +15,10 @@ def overlaps(events: list[dict]) -> list[list[dict]]:
     """For each computation that began: it and those that were under way then."""
     out, going = [], {}
     for event in sorted(events, key=lambda e: e["time"]):
-        if event["event"] in ("shard", "update"):
-            continue
         if event["event"] == "begin":
             going[event["pid"]] = event
             out.append(list(going.values()))
-        else:
+        elif event["event"] in ("done", "failed"):
             going.pop(event["pid"], None)
     return out
 
