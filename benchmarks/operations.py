@@ -51,7 +51,8 @@ def main() -> None:
         config = tiny_config(str(folder / "store"))
         (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
         command(
-            [sys.executable, "-m", "stagediff.cli", "run", str(folder / "tiny.yaml"), "--runner", "plain", "--device", "cpu"], os.environ
+            [str(Path(sys.executable).with_name("stagediff")), "run", str(folder / "tiny.yaml"), "--runner", "plain", "--device", "cpu"],
+            os.environ,
         )
         with local_prefect(folder / "prefect") as server:
             command([sys.executable, "-m", "flows.deploy"], server.environment)

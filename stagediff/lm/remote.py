@@ -1,6 +1,6 @@
 """Model folders behind a URL (s3://bucket/run/checkpoint-100): copied whole into the user's cache, and from there on like any local folder.
 
-A copy is known by its URL and by names, sizes and times of what was copied, so an upload that changed is copied again, and one that is there
+A copy is known by its URL and by names, sizes, times and ETags of what was copied, so an upload that changed is copied again, and one that is there
 costs one listing. It is listed again afterwards: what changed while it was copied is refused. The copies lie in `STAGEDIFF_CACHE`
 (see `stagediff.digest`) and may be deleted at any time.
 """

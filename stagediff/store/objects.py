@@ -26,6 +26,8 @@ class Entry:
     size: int
     modified: float
     """Seconds since the epoch."""
+    version: str = ""
+    """What tells two contents of one size and second apart, where the place says: S3 counts whole seconds, and gives an ETag."""
 
 
 class Objects(ABC):

@@ -217,7 +217,11 @@ class RemoteObjects(Objects):
             return {}
         start = len(path) + 1
         names = {name: name.lstrip("/")[start:] for name in found if not name.endswith("/")}
-        return {key: Entry(int(found[name]["size"] or 0), _modified(found[name])) for name, key in names.items() if key}
+        return {
+            key: Entry(int(found[name]["size"] or 0), _modified(found[name]), str(found[name].get("ETag", "")))
+            for name, key in names.items()
+            if key
+        }
 
     def folders(self, prefix: str) -> list[str]:
         path = self._path(prefix)
