@@ -74,22 +74,26 @@ def command(words: list[str], environment: Any) -> None:
 
 def events(server: Server, folder: Path, count: int) -> dict[str, Any]:
     """One checkpoint after the other, each announced by a process of its own, as a training does."""
-    taken = []
     for step in range(count):
         checkpoint = folder / f"checkpoint-{step}"
         checkpoint.mkdir()
         command([sys.executable, "-c", ANNOUNCE, str(step), str(checkpoint)], server.environment)
+        until(lambda n=step + 1: len(looks(server)) >= n, f"the run for event {step}", 60, every=0.2)  # type: ignore[misc]
 
-        def looks(n: int = step + 1) -> list[dict[str, Any]] | None:
-            found = server.ask("/flow_runs/filter", flows={"name": {"any_": ["watch"]}}, limit=200)
-            found = [run for run in found if run["parameters"].get("event")]
-            return found if len(found) >= n else None
+    def occurred() -> dict[str, str] | None:
+        """The server stores events some seconds after it has acted on them."""
+        found = server.ask("/events/filter", filter={"event": {"name": ["checkpoint.created"]}}, limit=50)["events"]
+        return {event["id"]: event["occurred"] for event in found} if len(found) >= count else None
 
-        runs = until(looks, f"the run for event {step}", 60, every=0.2)
-        announced = server.ask("/events/filter", filter={"event": {"name": ["checkpoint.created"]}})["events"]
-        occurred = {event["id"]: event["occurred"] for event in announced}
-        taken = [seconds(occurred[run["parameters"]["event"]], run["created"]) for run in runs]
+    at = until(occurred, "the events are stored", 60)
+    taken = [seconds(at[run["parameters"]["event"]], run["created"]) for run in looks(server)]
     return {"each": [round(s, 2) for s in sorted(taken)], "median": round(statistics.median(taken), 2)}
+
+
+def looks(server: Server) -> list[dict[str, Any]]:
+    """The scheduled runs of the watch that an event triggered."""
+    found = server.ask("/flow_runs/filter", flows={"name": {"any_": ["watch"]}}, limit=200)
+    return [run for run in found if run["parameters"].get("event")]
 
 
 def pipelines(server: Server, folder: Path, config: dict[str, Any], names: list[str]) -> dict[str, Any]:
