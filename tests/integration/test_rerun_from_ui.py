@@ -82,11 +82,14 @@ def test_a_finished_step_is_forced_and_what_depends_on_it_follows_only_if_its_by
     assert deployed.done(case) == {"finetune-M": 1}
     assert case.store.artifact(case.plan["finetune-M"].ref).manifest.same_bytes is True
 
-    ref = case.plan["diff"].ref
+    ref, report = case.plan["diff"].ref, case.plan["report"]
     manifest = case.store.artifact(ref).manifest
     other = [f.model_copy(update={"crc32c": "00000000"}) if f.path == "features.parquet" else f for f in manifest.files]
-    manifest.files = other  # as if other code had made it
+    manifest.files = other  # as if other code had made it, and the report had been written from that
     case.store.objects.put(f"{ref}/manifest.json", manifest.to_bytes())
+    written = case.store.artifact(report.ref).manifest
+    written.inputs = case.store.bytes_of(report.spec.refs())
+    case.store.objects.put(f"{report.ref}/manifest.json", written.to_bytes())
     pipeline = deployed.start(case, force=["diff"])
     deployed.server.wait(pipeline)
     assert deployed.done(case) == {"finetune-M": 1, "diff": 1, "report": 1}
