@@ -4,15 +4,17 @@ import shutil
 import threading
 from collections import Counter, defaultdict
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import httpx
 import pytest
 import yaml
+from prefect import flow, task
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName, FlowRunFilterState, FlowRunFilterStateType
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterName, FlowRunFilterState, FlowRunFilterStateType
 from prefect.client.schemas.objects import StateType
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Cancelling, Completed, Crashed, Failed, Pending, Running
+from prefect.states import Cancelling, Completed, Crashed, Failed, Pending, Running, Scheduled
 from prefect.testing.utilities import prefect_test_harness
 from tiny import tiny_config
 
@@ -264,6 +266,35 @@ def test_the_janitor_starts_crashed_runs_again_a_few_times(copy):
         client.delete_flow_run(once)
 
 
+@flow(persist_result=False)
+def nothing() -> None: ...
+
+
+def test_a_cancelled_pipeline_cancels_every_child_that_has_not_ended_however_many_have(monkeypatch):
+    with get_client(sync_client=True) as client:
+        parent = client.create_flow_run(nothing, state=Running())
+        link = client.create_task_run(task(lambda: None, name="link"), parent.id, "0")
+        made = partial(client.create_flow_run, nothing, parent_task_run_id=link.id)
+        # the API gives 200 at a time
+        ended = {made(state=Completed()).id for _ in range(110)} | {made(state=Failed()).id for _ in range(100)}
+        going = {made(state=Running()).id for _ in range(3)} | {made(state=Scheduled()).id for _ in range(3)}
+        ended |= {made(state=Crashed()).id for _ in range(100)}
+        stranger = client.create_flow_run(nothing, state=Running())
+        monkeypatch.setattr(children, "PAGE", 2)
+        children.cancel_children(nothing, parent, Cancelling())
+        assert {client.read_flow_run(run).state.type for run in going} <= {StateType.CANCELLING, StateType.CANCELLED}
+        assert client.read_flow_run(stranger.id).state.is_running()
+        for chosen in batched(ended, 100):
+            found = client.read_flow_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=chosen)))
+            assert {run.state.type for run in found} <= {StateType.COMPLETED, StateType.FAILED, StateType.CRASHED}
+            assert len(found) == len(chosen)
+
+
+def batched(items, n):
+    items = list(items)
+    return (items[at : at + n] for at in range(0, len(items), n))
+
+
 def test_the_api_may_be_away_for_a_while_but_not_for_ever():
     answers = iter([httpx.ConnectError("nobody there"), httpx.ReadTimeout("slow"), "here"])
 
@@ -292,6 +323,10 @@ def test_the_api_may_be_away_for_a_while_but_not_for_ever():
         (["--pool", "k=kubernetes", "--variable", "namespce=x"], "Did you mean namespace?"),
         (["--gpus", "stagedif=2"], "not among the pools"),
         (["--gpus", "two"], "expected a number"),
+        (["--gpus=-1"], "a whole number, 0 or more"),
+        (["--cpu-steps", "0"], "a whole number, 1 or more"),
+        (["--pool", "lab=slurm", "--gpus", "lab=0"], "--gpus lab=0: A job of the work pool 'lab' could have at most 0 GPUs, but the step"),
+        (["--pool", "k=kubernetes", "--gpus", "k=0"], "asks for 1. Give the number that one node"),
     ],
 )
 def test_deploy_refuses_what_cannot_work(capsys, options, words):

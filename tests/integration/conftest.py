@@ -122,6 +122,16 @@ def deployed(tmp_path_factory, finished_run) -> Iterator[Deployed]:
             made.worker.end()
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_held_back(request) -> Iterator[None]:
+    """A step that a failed test has left waiting or failing goes on, and takes no place from the next test's."""
+    yield
+    if "deployed" in request.fixturenames:
+        folder = request.getfixturevalue("deployed").folder
+        for file in (*(folder / "hold").iterdir(), *(folder / "faults").iterdir()):
+            file.unlink(missing_ok=True)
+
+
 def deploy(server: Server, *options: str, program: Sequence[str] = ("-m", "flows.deploy")) -> str:
     """`make deploy` without make: what it prints."""
     done = subprocess.run([sys.executable, *program, *options], env=server.environment, cwd=ROOT, capture_output=True, text=True)
