@@ -125,10 +125,10 @@ def deployed(tmp_path_factory, finished_run) -> Iterator[Deployed]:
 @pytest.fixture(autouse=True)
 def nothing_is_held_back(request) -> Iterator[None]:
     """A step that a failed test has left waiting or failing goes on, and takes no place from the next test's."""
+    deployed = request.getfixturevalue("deployed") if "deployed" in request.fixturenames else None
     yield
-    if "deployed" in request.fixturenames:
-        folder = request.getfixturevalue("deployed").folder
-        for file in (*(folder / "hold").iterdir(), *(folder / "faults").iterdir()):
+    if deployed is not None:
+        for file in (*(deployed.folder / "hold").iterdir(), *(deployed.folder / "faults").iterdir()):
             file.unlink(missing_ok=True)
 
 
