@@ -73,7 +73,7 @@ def _check_gpus(wanted: Wanted, kind: str, template: Mapping[str, Any]) -> None:
     most = template.get("variables", {}).get("properties", {}).get("gpus", {}).get("maximum")
     for step in steps.all_steps():
         gpus = {**job_variables(resources_of(step.name, {}), kind), **wanted.variables}.get("gpus", 0)
-        if most is not None and gpus > most:
+        if most is not None and isinstance(gpus, int) and gpus > most:
             given = f"--gpus {wanted.name}={most}: " if wanted.gpus is not None else ""
             raise UserError(
                 f"{given}A job of the work pool {wanted.name!r} could have at most {most} GPUs, but the step {step.name} asks for {gpus}. Give the "
