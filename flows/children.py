@@ -19,8 +19,16 @@ from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterIdempotencyKey, FlowRunFilterParentFlowRunId
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterIdempotencyKey,
+    FlowRunFilterParentFlowRunId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments import run_deployment
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import AwaitingRetry, Cancelling
@@ -42,6 +50,10 @@ SETTLE = 5.0
 """Seconds between a crash and the next start: the late report of a crash would end a run that was started at once."""
 AWAY = 900.0
 """Seconds for which the API may be away."""
+
+PAGE = 100
+"""How many runs are asked for at once; the API gives 200 at most unless it is set up otherwise."""
+UNFINISHED = (StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED)
 
 T = TypeVar("T")
 
@@ -215,12 +227,26 @@ class Children:
 
 def cancel_children(flow: Any, flow_run: FlowRun, state: Any) -> None:
     """Hook of a pipeline that was cancelled: its unfinished children are cancelled too. A retried pipeline starts them again."""
+    asked: set[UUID] = set()
     with get_client(sync_client=True) as client:
-        mine = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[flow_run.id]))
-        for child in patiently(lambda: client.read_flow_runs(flow_run_filter=mine)):
-            if child.state is not None and not child.state.is_final():
+        # again until a whole reading brings nothing new: what ends between two pages moves the next one
+        while new := [child for child in _unfinished(client, flow_run.id) if child.id not in asked]:
+            for child in new:
                 log.info("cancelling %s", child.name)
                 patiently(partial(client.set_flow_run_state, child.id, Cancelling(message="its pipeline was cancelled")))
+                asked.add(child.id)
+
+
+def _unfinished(client: SyncPrefectClient, parent: UUID) -> list[FlowRun]:
+    """The children that have not ended and are not being cancelled, however many: the API gives a page at a time."""
+    mine = FlowRunFilter(
+        parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[parent]),
+        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(UNFINISHED))),
+    )
+    found: list[FlowRun] = []
+    while page := patiently(partial(client.read_flow_runs, flow_run_filter=mine, sort=FlowRunSort.ID_DESC, limit=PAGE, offset=len(found))):
+        found += page
+    return found
 
 
 def patiently(ask: Callable[[], T], *, away: float = AWAY, every: float = 2.0) -> T:

@@ -4,7 +4,8 @@
     python -m flows.deploy --pool stagediff=process --pool big=slurm --gpus big=8    steps on both, the rest on the first
 
 A pool that is not there is made where its type is given; queues, the limit that counts GPUs, deployments and automations follow. What cannot work is refused
-before anything is changed: an API that does not answer, a mistyped pool, job variables that a pool does not know, more GPUs than it has.
+before anything is changed: an API that does not answer, a mistyped pool, job variables that a pool does not know, more GPUs than it has, a
+pool that gives a job fewer GPUs than the steps are registered with.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.objects import ConcurrencyOptions
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.events import AutomationCore
 from prefect.events.schemas.deployment_triggers import DeploymentTriggerTypes
@@ -31,7 +33,7 @@ from prefect.utilities.callables import parameter_schema
 from pydantic import TypeAdapter
 
 from flows.deployments import other_entries, step_entry
-from flows.pools import Wanted, gpus_of, install, template_for
+from flows.pools import Wanted, gpus_of, install, template_for, type_of
 from flows.resources import check_variables, job_variables
 from flows.session import POOL
 from flows.slots import LIMIT, limit_of
@@ -39,10 +41,11 @@ from stagediff import steps
 from stagediff.errors import StagediffError, UserError
 from stagediff.resources import resources_of
 
-__all__ = ["api", "deploy", "main", "register"]
+__all__ = ["api", "deploy", "directory_of", "main", "register"]
 
 ROOT = Path(__file__).parents[1]
 AUTOMATIONS = ROOT / "infra" / "automations"
+PULL = "prefect.deployments.steps.set_working_directory"
 
 
 def deploy(pools: Sequence[Wanted], say: Callable[[str], None] = print) -> None:
@@ -52,6 +55,7 @@ def deploy(pools: Sequence[Wanted], say: Callable[[str], None] = print) -> None:
         templates = {wanted.name: template_for(wanted, there) for wanted in pools}
         for wanted in pools:
             check_variables(wanted.variables, templates[wanted.name], wanted.name)
+            _check_gpus(wanted, wanted.kind or type_of(there[wanted.name]), templates[wanted.name])
         for at, wanted in enumerate(pools):
             kind = install(client, wanted, templates[wanted.name], there)
             entries = [*_steps(wanted, kind, gpus_of(client, wanted.name)), *(other_entries(wanted.name) if at == 0 else [])]
@@ -62,6 +66,20 @@ def deploy(pools: Sequence[Wanted], say: Callable[[str], None] = print) -> None:
             say(f"automation: {_automate(client, file)}")
     names = " ".join(wanted.name for wanted in pools)
     say(f"A worker runs them: prefect worker start --pool {pools[0].name}" + ("" if len(pools) == 1 else f" (one for each of: {names})"))
+
+
+def _check_gpus(wanted: Wanted, kind: str, template: Mapping[str, Any]) -> None:
+    """Raises UserError where a step, as it is registered, asks for more GPUs than the pool gives to one job: no run of it could start."""
+    most = template.get("variables", {}).get("properties", {}).get("gpus", {}).get("maximum")
+    for step in steps.all_steps():
+        gpus = {**job_variables(resources_of(step.name, {}), kind), **wanted.variables}.get("gpus", 0)
+        if most is not None and isinstance(gpus, int) and gpus > most:
+            given = f"--gpus {wanted.name}={most}: " if wanted.gpus is not None else ""
+            raise UserError(
+                f"{given}A job of the work pool {wanted.name!r} could have at most {most} GPUs, but the step {step.name} asks for {gpus}. Give the "
+                f'number that one node of the cluster has: make deploy GPUS="{wanted.name}=8". Where there are none, deploy to a pool of type '
+                "process: it runs these steps on the CPU."
+            )
 
 
 def _steps(wanted: Wanted, kind: str, gpus: int | None) -> Iterator[dict[str, Any]]:
@@ -100,7 +118,7 @@ def register(client: SyncPrefectClient, entry: Mapping[str, Any], directory: str
         work_pool_name=pool["name"],
         work_queue_name=pool.get("work_queue_name"),
         job_variables=pool["job_variables"],
-        pull_steps=[{"prefect.deployments.steps.set_working_directory": {"directory": directory}}],
+        pull_steps=[{PULL: {"directory": directory}}],
         schedules=schedules,
         concurrency_limit=limit["limit"] if limit else None,
         concurrency_options=ConcurrencyOptions(collision_strategy=limit["collision_strategy"]) if limit else None,
@@ -113,6 +131,11 @@ def register(client: SyncPrefectClient, entry: Mapping[str, Any], directory: str
         trigger.set_deployment_id(made)
         trigger.name = trigger.name or f"{flow.name}/{entry['name']} {at}"
         client.create_automation(trigger.as_automation())
+
+
+def directory_of(deployment: DeploymentResponse) -> str | None:
+    """The folder in which a registered deployment's runs begin."""
+    return next((str(step[PULL]["directory"]) for step in deployment.pull_steps or [] if PULL in step), None)
 
 
 def _automate(client: SyncPrefectClient, file: Path) -> str:
@@ -158,16 +181,16 @@ def _pools(given: argparse.Namespace) -> list[Wanted]:
     named = [text.partition("=") for text in given.pool or [f"{POOL}=process"]]
     first = named[0][0]
 
-    def numbers(texts: Sequence[str], what: str) -> dict[str, int]:
+    def numbers(texts: Sequence[str], what: str, least: int) -> dict[str, int]:
         out = {}
         for text in texts:
             pool, _, number = text.rpartition("=")
-            if not number.isdigit():
-                raise UserError(f"--{what} {text}: expected a number, or POOL=NUMBER.")
+            if not number.isdecimal() or int(number) < least:
+                raise UserError(f"--{what} {text}: expected a number, or POOL=NUMBER; a whole number, {least} or more.")
             out[pool or first] = int(number)
         return out
 
-    gpus, cpu_steps = numbers(given.gpus, "gpus"), numbers(given.cpu_steps, "cpu-steps")
+    gpus, cpu_steps = numbers(given.gpus, "gpus", 0), numbers(given.cpu_steps, "cpu-steps", 1)
     variables: dict[str, dict[str, Any]] = {}
     for text in given.variable:
         name, sign, value = text.partition("=")

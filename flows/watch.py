@@ -28,6 +28,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 from prefect.states import AwaitingRetry
 from prefect.utilities.urls import url_for
@@ -246,8 +247,11 @@ def entry(config: dict[str, Any], *, pool: str = POOL, device: str = "auto", mod
 
 
 def deploy(config: dict[str, Any], *, pool: str = POOL, device: str = "auto") -> str:
-    """Registers `entry` with the Prefect API, beside what `make deploy` has registered there; says what was done. Raises UserError."""
-    from flows.deploy import ROOT, api, register
+    """Registers `entry` with the Prefect API, beside what `make deploy` has registered there; says what was done. Raises UserError.
+
+    Its runs begin in the folder that `make deploy` was given for the pool (`--directory`), which on other machines is not this one.
+    """
+    from flows.deploy import ROOT, api, directory_of, register
 
     made = entry(config, pool=pool, device=device)
     watcher = Watcher(parse_config(made["parameters"]["config"]))
@@ -257,20 +261,12 @@ def deploy(config: dict[str, Any], *, pool: str = POOL, device: str = "auto") ->
         there = [found.name for found in client.read_work_pools()]
         if pool not in there:
             raise UserError(f"There is no work pool {pool!r} (there are: {', '.join(there) or 'none'}). `make deploy` makes one.")
-        if not _has_deployment(client, pipeline):
-            raise UserError(f"There is no deployment {pipeline} that a watch could start. Run `make deploy` first.")
-        register(client, made, str(ROOT))
+        try:
+            started = client.read_deployment_by_name(pipeline)
+        except ObjectNotFound:
+            raise UserError(f"There is no deployment {pipeline} that a watch could start. Run `make deploy` first.") from None
+        register(client, made, directory_of(started) or str(ROOT))
     return f"watch/{made['name']} looks every {made['schedules'][0]['interval']:g} s, and at every checkpoint announced for the run {watcher.run}."
-
-
-def _has_deployment(client: SyncPrefectClient, name: str) -> bool:
-    from prefect.exceptions import ObjectNotFound
-
-    try:
-        client.read_deployment_by_name(name)
-    except ObjectNotFound:
-        return False
-    return True
 
 
 def _in_full(value: Any, key: str = "") -> Any:

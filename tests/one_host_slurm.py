@@ -116,6 +116,10 @@ class Cluster:
     def start_controller(self) -> None:
         self._start("slurmctld", "-D")
 
+    @property
+    def has_controller(self) -> bool:
+        return "slurmctld" in self._running
+
     def stop_controller(self) -> None:
         self._stop("slurmctld", signal.SIGTERM)
 

@@ -2,17 +2,20 @@
 
     python -m infra.server.plain DIR [--port 4200]
 
-Makes the database in DIR on the first start, and runs both until it gets SIGTERM or SIGINT; started again, it goes on with what is there. The
-database listens on a socket in DIR only, a folder that nobody else can enter, so there is no password to keep. The API listens on this
-machine only unless --host says otherwise; give it a password then (PREFECT_SERVER_API_AUTH_STRING in the environment). PostgreSQL does not run as root:
-started by root, it runs as the user `postgres` that its package makes.
+Makes the database in DIR on the first start, and runs both until it gets SIGTERM or SIGINT; started again, it goes on with what is there, and
+ends first what it left running where it was killed. The database listens on a socket in DIR only, a folder that nobody else can enter, so there
+is no password to keep. The API listens on this machine only unless --host says otherwise, and then it must have a password
+(PREFECT_SERVER_API_AUTH_STRING in the environment). PostgreSQL does not run as root: started by root, it runs as the user `postgres` that its
+package makes.
 """
 
 import argparse
+import ipaddress
 import os
 import pwd
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,17 +23,16 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from infra.server.folder import MARK, SIGNALS, ServerError, end_leftovers, lock
 
 __all__ = ["Server", "ServerError", "main"]
 
 START_SECONDS = 300.0
 SOCKET_LONGEST = 90
 """Characters of a folder in which a socket can lie: the system's limit for its whole path is 107."""
-
-
-class ServerError(RuntimeError):
-    """Something does not start; the text says what to do."""
+PASSWORD = "PREFECT_SERVER_API_AUTH_STRING"
 
 
 def program(name: str) -> str:
@@ -42,12 +44,34 @@ def program(name: str) -> str:
     return found
 
 
+def check_host(host: str) -> None:
+    """Raises ServerError where the API would be open to other machines without a password."""
+    if is_loopback(host) or os.environ.get(PASSWORD, "").strip(" :"):
+        return
+    raise ServerError(
+        f"--host {host} opens the API to other machines, and it has no password: whoever reaches it could run commands here. Give it one first: "
+        f"export {PASSWORD}=NAME:$(openssl rand -hex 24), and the same as PREFECT_API_AUTH_STRING wherever a command or worker runs. "
+        "Or leave --host out: then only this machine reaches it."
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens there: an address, or a name of which all addresses are so."""
+    try:
+        addresses = {str(found[4][0]) for found in socket.getaddrinfo(host, None)} if host else set()
+    except (OSError, UnicodeError):  # an unknown name: the server will say so itself, if it can't listen there
+        addresses = set()
+    return bool(addresses) and all(ipaddress.ip_address(address.partition("%")[0]).is_loopback for address in addresses)
+
+
 class Server:
     """PostgreSQL and a Prefect server in a folder. Use it in a `with` statement; leaving it stops both."""
 
     def __init__(self, folder: Path, host: str = "127.0.0.1", port: int = 4200, python: str = sys.executable):
         self.folder, self.host, self.port, self._python = folder.absolute(), host, port, python
         self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._lock: TextIO | None = None
+        check_host(host)
         if len(str(self.folder / "socket")) > SOCKET_LONGEST:
             raise ServerError(f"{self.folder} is too long a path for the database's socket; choose one of at most 80 characters.")
 
@@ -57,7 +81,11 @@ class Server:
         return f"http://{'127.0.0.1' if self.host == '0.0.0.0' else self.host}:{self.port}/api"
 
     def __enter__(self) -> "Server":
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = lock(self.folder)
         try:
+            if ended := self._end_leftovers():
+                print(f"ended what a killed server had left running in {self.folder}: {', '.join(ended)}", file=sys.stderr)
             self._start_database()
             self._start_prefect()
         except BaseException:
@@ -69,8 +97,8 @@ class Server:
         self.stop()
 
     def stop(self) -> None:
-        """The server first, then the database, which closes its files in order (SIGINT: fast shutdown)."""
-        for name, number in (("prefect", signal.SIGTERM), ("postgres", signal.SIGINT)):
+        """The server first, then the database; then the folder is free again."""
+        for name, number in SIGNALS.items():
             process = self._running.pop(name, None)
             if process is None or process.poll() is not None:
                 continue
@@ -80,18 +108,24 @@ class Server:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        if self._lock is not None:
+            self._end_leftovers()  # of a process that was killed, what it had started
+            self._lock.close()
+            self._lock = None
 
     def ended(self) -> str | None:
         """The name of a process that has ended by itself."""
         return next((name for name, process in self._running.items() if process.poll() is not None), None)
 
-    def restart_prefect(self) -> None:
-        """Starts the Prefect server anew where it has ended; the database goes on."""
-        self._running.pop("prefect", None)
-        self._start_prefect()
+    @property
+    def _data(self) -> Path:
+        return self.folder / "postgres"
+
+    def _end_leftovers(self) -> list[str]:
+        return end_leftovers(self.folder, self._data)
 
     def _start_database(self) -> None:
-        data, sockets = self.folder / "postgres", self.folder / "socket"
+        data, sockets = self._data, self.folder / "socket"
         for path in (self.folder, data, sockets):
             path.mkdir(parents=True, exist_ok=True)
         as_user: dict[str, Any] = {}
@@ -123,6 +157,7 @@ class Server:
         home.mkdir(exist_ok=True)
         home.chmod(0o700)
         env = {
+            MARK: str(self.folder),
             "PREFECT_HOME": str(home),
             "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"postgresql+asyncpg://prefect@/prefect?host={self.folder / 'socket'}",
             "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["ENDED_WITHOUT_RECORD", "Fate", "Log", "SlurmError", "Status", "cancel", "environment", "fate_of", "status", "submit"]
+__all__ = ["ENDED_WITHOUT_RECORD", "Fate", "Log", "SlurmError", "Status", "cancel", "environment", "fate_of", "named", "status", "submit"]
 
 UNFINISHED = {
     "PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "REQUEUED", "REQUEUE_HOLD",
@@ -23,6 +23,12 @@ ENDED_WITHOUT_RECORD = "UNKNOWN"
 """Our name for a job that the controller has forgotten (it keeps ended jobs for MinJobAge seconds)."""
 ANSWER_SECONDS = 60
 """How long one Slurm command may take before it counts as unanswered."""
+UNANSWERED = (
+    "unable to contact slurm controller", "socket timed out", "zero bytes were transmitted", "standby mode", "temporarily unable",
+    "connection refused", "connection reset", "connection timed out", "communication connection failure", "not connected",
+    "message send failure", "message receive failure", "send/recv",
+)  # fmt: skip
+"""What Slurm's commands say, in lower case, when the controller is away, starts anew or is too busy: the order may have arrived all the same."""
 
 
 class SlurmError(RuntimeError):
@@ -52,16 +58,39 @@ class Fate:
     text: str = ""
 
 
-def submit(script: str, options: Sequence[str], env: Mapping[str, str]) -> str:
-    """Submits a batch script; returns the job's id. Raises SlurmError with Slurm's own words."""
+def submit(script: str, options: Sequence[str], env: Mapping[str, str]) -> str | None:
+    """Submits a batch script; returns the job's id. None when the controller does not answer: it may have the job, or not (`named` tells).
+
+    Raises SlurmError, with Slurm's own words, when it refuses the job.
+    """
     try:
-        done = subprocess.run(["sbatch", "--parsable", *options], input=script, text=True, capture_output=True, env=dict(env))
+        done = subprocess.run(
+            ["sbatch", "--parsable", *options], input=script, text=True, capture_output=True, env=dict(env), timeout=ANSWER_SECONDS
+        )
     except FileNotFoundError:
         raise SlurmError("There is no sbatch on PATH. Run this where Slurm's commands are (a login node, or the worker's host).") from None
-    if done.returncode:
-        said = done.stderr.strip().removeprefix("sbatch: error: ")
-        raise SlurmError(f"Slurm refused the job: {said} (options: {' '.join(options)}). Correct the pool's or the step's job variables.")
-    return done.stdout.strip().split(";")[0]
+    except subprocess.TimeoutExpired:
+        return None
+    if not done.returncode:
+        return done.stdout.strip().split(";")[0]
+    if any(words in done.stderr.lower() for words in UNANSWERED):
+        return None
+    said = done.stderr.strip().removeprefix("sbatch: error: ")
+    raise SlurmError(f"Slurm refused the job: {said} (options: {' '.join(options)}). Correct the pool's or the step's job variables.")
+
+
+def named(name: str) -> list[str] | None:
+    """Ids of the jobs of that name, oldest first, ended ones too as long as the controller keeps them; None when it does not answer."""
+    try:
+        done = subprocess.run(
+            ["squeue", "--noheader", "--states=all", "--format=%i", f"--name={name}"],
+            capture_output=True,
+            text=True,
+            timeout=ANSWER_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    return None if done.returncode else sorted(done.stdout.split(), key=int)
 
 
 def status(job: str) -> Status | None:
@@ -89,13 +118,19 @@ def cancel(name: str, seconds: float = 120.0, job: str | None = None) -> bool:
     end = time.monotonic() + seconds
     taken = False
     while True:
-        asked = subprocess.run(["scancel", "--quiet", f"--name={name}"], capture_output=True)
-        taken = taken or asked.returncode == 0
+        taken = taken or _scancel(name)
         if taken and (job is None or ((now := status(job)) is not None and now.is_final)):
             return True
         if time.monotonic() > end:
             return taken
         time.sleep(0.5)
+
+
+def _scancel(name: str) -> bool:
+    try:
+        return subprocess.run(["scancel", "--quiet", f"--name={name}"], capture_output=True, timeout=ANSWER_SECONDS).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
 
 
 def fate_of(job: str, last: Status) -> Fate:

@@ -5,7 +5,7 @@
 This is the command of a *process* work pool (infra/pools/slurm.json): to Prefect the job is a local process. A failed node, a time limit or
 too little memory ends it with a code other than 0 and one line that says so, which Prefect sees as a crash. SIGTERM (a cancel in the UI),
 SIGINT and SIGHUP cancel the job; and should this process be killed outright, a guard process, which only waits for that, cancels it. A
-controller that does not answer is waited for.
+controller that does not answer is waited for, and asked whether it has the job before it is given it a second time.
 
 The log is a file below --log-dir, which the nodes must see (a shared file system). Options left empty are Slurm's defaults.
 """
@@ -42,7 +42,25 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Ended(SystemExit):
-    """A signal asked for the end."""
+    """A signal asked for the end, or patience with the controller did."""
+
+
+class _Silence:
+    """For how long the controller has not answered."""
+
+    def __init__(self, patience: float):
+        self._patience = patience
+        self._since: float | None = None
+
+    def ends(self) -> None:
+        self._since = None
+
+    def goes_on(self, what: str) -> None:
+        """One more question without an answer; raises Ended, which says that `what` is given up, where patience is at its end."""
+        self._since = self._since or time.monotonic()
+        seconds = time.monotonic() - self._since
+        if seconds > self._patience:
+            raise Ended(f"Slurm's controller has not answered for {seconds:.0f} s; {what} is given up.")
 
 
 def run(
@@ -53,7 +71,7 @@ def run(
     Parameters
     ----------
     options
-        For sbatch. `name` is made unique, since jobs are cancelled by it.
+        For sbatch. `name` is made unique, since jobs are found and cancelled by it.
     poll, patience
         Seconds between two looks, and how long the controller may be silent before the job is given up (and cancelled, once it answers).
     """
@@ -71,9 +89,11 @@ def run(
         start_new_session=True,
     )
     try:
-        job = jobs.submit(script, [*fixed, *options], jobs.environment())
+        job, orders = _submit(script, [*fixed, *options], name, poll, patience, say)
         say(f"Slurm job {job} ({name}): {shlex.join(command)}")
         fate = _follow(job, Log(log_dir / f"{name}-{job}.log"), poll, patience, say)
+        if orders > 1:  # one that was given up as lost may have become a job after all
+            jobs.cancel(name)
     except SlurmError:
         _release(guard)
         raise
@@ -92,21 +112,37 @@ def _release(guard: "subprocess.Popen[str]") -> None:
     guard.communicate("done\n")
 
 
+def _submit(script: str, options: Sequence[str], name: str, poll: float, patience: float, say: Callable[[str], Any]) -> tuple[str, int]:
+    """The job's id, and how often it was ordered: once more only where the controller, answering again, knows of no job of this name."""
+    silence, orders = _Silence(patience), 0
+    while True:
+        orders += 1
+        job = jobs.submit(script, options, jobs.environment())
+        if job is not None:
+            return job, orders
+        if orders == 1:
+            say("Slurm's controller does not answer; waiting for it to take the job")
+        there = None
+        while there is None:
+            silence.goes_on(f"the job {name}, which was not submitted as far as is known,")
+            time.sleep(poll)
+            there = jobs.named(name)
+        if there:
+            return there[0], orders
+
+
 def _follow(job: str, log: Log, poll: float, patience: float, say: Callable[[str], Any]) -> Fate:
     """Mirrors the log until the job has ended."""
-    told, silent_since = "", None
+    told, silence = "", _Silence(patience)
     while True:
         now = jobs.status(job)
         for line in log.lines():
             say(line)
         if now is None:
-            silent_since = silent_since or time.monotonic()
-            silence = time.monotonic() - silent_since
-            if silence > patience:
-                raise Ended(f"Slurm's controller has not answered for {silence:.0f} s; job {job} is given up.")
+            silence.goes_on(f"job {job}")
             news = "Slurm's controller does not answer; the job goes on, waiting for it"
         else:
-            silent_since = None
+            silence.ends()
             if now.is_final:
                 break
             waits = f", waiting: {now.reason}" if now.state == "PENDING" and now.reason else ""

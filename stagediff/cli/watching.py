@@ -51,6 +51,8 @@ def watch(
 
     loaded = load(config, store, set_)
     watcher = Watcher(loaded)
+    if deploy is not None and once:
+        raise UserError("--once looks once, here; --deploy has a work pool look again and again. Give one of them.")
     if deploy is not None:
         _deploy(loaded, deploy, device)
         return

@@ -3,7 +3,8 @@
     <store>/_watch/<run>/<step>.json
 
 It is what makes "each once, in order" hold over restarts and between machines: a checkpoint that turns up below one that was taken comes
-too late for a chain, one that was deleted since stays part of it, and one that holds other weights than those taken is told.
+too late for a chain, one that was deleted since stays part of it, and a model in a local folder that holds other weights than those taken is told
+(to look at others again would cost a download, or a question to the hub, at every look).
 """
 
 import hashlib

@@ -90,7 +90,7 @@ class Watcher:
         """Looks once, and takes what is complete: each checkpoint once, in ascending order.
 
         `announced`: steps of which the training has said that they are saved. Raises UserError where the place can't be looked at, or a
-        checkpoint is not the one any more that was taken.
+        model in a local folder is not the one any more that was taken.
         """
         there = {step: files for step, files in self.place.find().items() if self._is_wanted(step)}
         taken = self._taken.all()

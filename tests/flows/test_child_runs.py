@@ -6,18 +6,21 @@ import time
 from collections import Counter, defaultdict
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from uuid import uuid4
 
 import httpx
 import pytest
 import yaml
+from prefect import flow, task
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName, FlowRunFilterState, FlowRunFilterStateType
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.events.filters import EventFilter, EventNameFilter, EventResourceFilter
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Cancelling, Completed, Crashed, Failed, Pending, Running
+from prefect.states import Cancelling, Completed, Crashed, Failed, Pending, Running, Scheduled
+from prefect.states import State as PrefectState
 from prefect.testing.utilities import prefect_test_harness
 from tiny import tiny_config
 
@@ -345,6 +348,58 @@ def test_a_run_that_is_deleted_meanwhile_keeps_the_janitor_from_no_other(made, m
     assert janitor(grace=0) == ["there"]
 
 
+@flow(persist_result=False)
+def nothing() -> None: ...
+
+
+def test_a_cancelled_pipeline_cancels_its_children_that_have_not_ended_and_no_other_runs(monkeypatch):
+    monkeypatch.setattr(children, "PAGE", 2)
+    with get_client(sync_client=True) as client:
+        parent, stranger = (client.create_flow_run(nothing, state=Running()) for _ in range(2))
+        link = client.create_task_run(task(lambda: None, name="link"), parent.id, "0")
+        made = lambda state: client.create_flow_run(nothing, parent_task_run_id=link.id, state=state).id  # noqa: E731
+        ended = {made(Completed()): StateType.COMPLETED, made(Failed()): StateType.FAILED, made(Crashed()): StateType.CRASHED}
+        going = [made(state) for state in (Running(), Running(), Pending(), Scheduled(), Scheduled())]
+        children.cancel_children(nothing, parent, Cancelling())
+        assert {client.read_flow_run(run).state.type for run in going} <= {StateType.CANCELLING, StateType.CANCELLED}
+        assert {run: client.read_flow_run(run).state.type for run in ended} == ended
+        assert client.read_flow_run(stranger.id).state.is_running()
+
+
+def test_a_cancelled_pipeline_cancels_all_of_its_children_however_many_there_are(monkeypatch):
+    """An API that gives 200 runs at most, the newest first, on which 450 have ended and 450 wait, one of which ends between two pages."""
+
+    class Api:
+        def __init__(self):
+            self.runs = {uuid4(): StateType.COMPLETED if i < 450 else StateType.SCHEDULED for i in range(900)}
+            self.pages = 0
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_): ...
+
+        def read_flow_runs(self, *, flow_run_filter, sort=None, limit=None, offset=0):
+            self.pages += 1
+            if self.pages == 2:
+                self.runs[next(run for run, state in self.runs.items() if state is StateType.SCHEDULED)] = StateType.COMPLETED
+            wanted = flow_run_filter.state and flow_run_filter.state.type.any_
+            found = [run for run, state in self.runs.items() if not wanted or state in wanted]
+            return [
+                FlowRun(id=run, flow_id=uuid4(), state=PrefectState(type=self.runs[run]))
+                for run in found[offset : offset + min(limit or 200, 200)]
+            ]
+
+        def set_flow_run_state(self, run, state):
+            if self.runs[run] is StateType.SCHEDULED:  # what has ended stays as it is
+                self.runs[run] = state.type
+
+    api = Api()
+    monkeypatch.setattr(children, "get_client", lambda **_: api)
+    children.cancel_children(nothing, SimpleNamespace(id=uuid4()), Cancelling())
+    assert Counter(api.runs.values()) == {StateType.COMPLETED: 451, StateType.CANCELLING: 449}
+
+
 def test_the_api_may_be_away_for_a_while_but_not_for_ever():
     answers = iter([httpx.ConnectError("nobody there"), httpx.ReadTimeout("slow"), "here"])
 
@@ -373,6 +428,10 @@ def test_the_api_may_be_away_for_a_while_but_not_for_ever():
         (["--pool", "k=kubernetes", "--variable", "namespce=x"], "Did you mean namespace?"),
         (["--gpus", "stagedif=2"], "not among the pools"),
         (["--gpus", "two"], "expected a number"),
+        (["--gpus=-1"], "a whole number, 0 or more"),
+        (["--cpu-steps", "0"], "a whole number, 1 or more"),
+        (["--pool", "lab=slurm", "--gpus", "lab=0"], "--gpus lab=0: A job of the work pool 'lab' could have at most 0 GPUs, but the step"),
+        (["--pool", "k=kubernetes", "--gpus", "k=0"], "asks for 1. Give the number that one node"),
     ],
 )
 def test_deploy_refuses_what_cannot_work(capsys, options, words):

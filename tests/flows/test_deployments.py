@@ -1,13 +1,18 @@
 """What is deployed: prefect.yaml is what the registry says, every step has a flow with a form, runs say what they do."""
 
+from contextlib import nullcontext
+
 import pytest
 from prefect import Flow
 from prefect.utilities.callables import parameter_schema
 
 import flows.steps as step_flows
 from flows import deployments
+from flows.deploy import _check_gpus
 from flows.names import attribute, run_name, tags
+from flows.pools import Wanted, template_for
 from stagediff import steps
+from stagediff.errors import UserError
 
 BY_NAME = {step.name: step for step in steps.all_steps()}
 
@@ -35,6 +40,16 @@ def test_a_steps_form_has_every_setting_of_its_spec(name):
     body = schema["definitions"][spec["$ref"].rpartition("/")[2]] if "$ref" in spec else spec["allOf"][0]
     body = schema["definitions"][body["$ref"].rpartition("/")[2]] if "$ref" in body else body
     assert set(body["properties"]) == set(BY_NAME[name].spec.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("kind", "gpus", "fits"), [("slurm", 0, False), ("slurm", 1, True), ("kubernetes", 0, False), ("process", 0, True)]
+)
+def test_a_pool_gives_a_job_what_every_step_asks_for(kind, gpus, fits):
+    """A pool of processes gives no shares: without a GPU its steps run on the CPU."""
+    wanted = Wanted("lab", kind, gpus=gpus)
+    with nullcontext() if fits else pytest.raises(UserError, match=r"at most 0 GPUs.*make deploy GPUS=\"lab=8\""):
+        _check_gpus(wanted, kind, template_for(wanted, {}))
 
 
 def test_runs_are_named_by_what_they_do_and_tagged():

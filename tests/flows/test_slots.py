@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
@@ -26,21 +27,32 @@ def own_folder(monkeypatch, tmp_path):
     monkeypatch.setattr(slots.tempfile, "tempdir", None)
 
 
-def holder() -> tuple[subprocess.Popen, str]:
-    process = subprocess.Popen([sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    return process, process.stdout.readline().strip()
+@pytest.fixture
+def holder() -> Iterator[Callable[[], subprocess.Popen]]:
+    """Starts processes that hold a GPU each; they end with the test, however it ends."""
+    made: list[subprocess.Popen] = []
 
+    def start() -> subprocess.Popen:
+        made.append(subprocess.Popen([sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        return made[-1]
 
-def test_holders_get_different_gpus_and_a_killed_ones_is_free():
-    first, one = holder()
-    second, other = holder()
-    assert {one, other} == {"0", "1"}
-    third = subprocess.Popen([sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    first.send_signal(signal.SIGKILL)
-    assert third.stdout.readline().strip() == one
-    for process in (first, second, third):
+    yield start
+    for process in made:
         process.kill()
-        process.wait()
+        process.communicate()
+
+
+def gpu_of(process: subprocess.Popen) -> str:
+    return process.stdout.readline().strip()
+
+
+def test_holders_get_different_gpus_and_a_killed_ones_is_free(holder):
+    first, second = holder(), holder()
+    one, other = gpu_of(first), gpu_of(second)
+    assert {one, other} == {"0", "1"}
+    third = holder()
+    first.send_signal(signal.SIGKILL)
+    assert gpu_of(third) == one
 
 
 def test_two_gpus_are_taken_together_or_not_at_all():

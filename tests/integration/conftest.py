@@ -151,6 +151,16 @@ def lab(deployed, tmp_path_factory) -> Iterator[SimpleNamespace]:
             worker.end()
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_held_back(request) -> Iterator[None]:
+    """A step that a failed test has left waiting or failing goes on, and takes no place from the next test's."""
+    deployed = request.getfixturevalue("deployed") if "deployed" in request.fixturenames else None
+    yield
+    if deployed is not None:
+        for file in (*(deployed.folder / "hold").iterdir(), *(deployed.folder / "faults").iterdir()):
+            file.unlink(missing_ok=True)
+
+
 def deploy(server: Server, *options: str, program: Sequence[str] = ("-m", "flows.deploy")) -> str:
     """`make deploy` without make: what it prints."""
     done = subprocess.run([sys.executable, *program, *options], env=server.environment, cwd=ROOT, capture_output=True, text=True)

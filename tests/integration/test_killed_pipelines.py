@@ -23,7 +23,7 @@ def slow(deployed):
     """The work is so small that it would be over before a kill could hit it."""
     file = deployed.hold("slow")
     yield
-    file.unlink()
+    file.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="session")

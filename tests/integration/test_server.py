@@ -15,13 +15,15 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from tiny import tiny_config
 
+from infra.server.folder import end_leftovers
 from infra.server.plain import Server, ServerError, program
 from stagediff.store import Store
 
@@ -99,19 +101,68 @@ def test_a_run_through_a_server_on_postgresql_outlives_a_restart(folder, finishe
         assert [run["state_name"] for run in runs(server.url)] == ["Completed"]
 
 
-def test_the_command_runs_until_it_is_told_to_stop_and_leaves_nothing(folder, monkeypatch):
+@pytest.fixture
+def command(folder, monkeypatch) -> Iterator[Callable[[int], "subprocess.Popen[str]"]]:
+    """Starts the command on a port; what still runs of it afterwards is ended."""
     monkeypatch.delenv("PREFECT_SERVER_API_AUTH_STRING", raising=False)
-    command = [sys.executable, "-m", "infra.server.plain", str(folder), f"--port={free_port()}"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=Path(__file__).parents[2])
+    made = []
+
+    def start(port: int) -> "subprocess.Popen[str]":
+        line = [sys.executable, "-m", "infra.server.plain", str(folder), f"--port={port}"]
+        made.append(subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]))
+        return made[-1]
+
+    yield start
+    for process in made:
+        process.terminate()
+        try:
+            process.communicate(timeout=200)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+    end_leftovers(folder, folder / "postgres")
+
+
+def is_ready(process: "subprocess.Popen[str]") -> None:
     assert process.stdout is not None
     said = process.stdout.readline()
-    assert said.startswith("ready: export PREFECT_API_URL=http://127.0.0.1:"), said + process.stdout.read()
+    assert said.startswith("ready: export PREFECT_API_URL=http://127.0.0.1:"), said + "".join(process.communicate())
+
+
+def test_the_command_runs_until_it_is_told_to_stop_and_leaves_nothing(folder, command):
+    process = command(free_port())
+    is_ready(process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(200) == 0
     assert not (folder / "postgres" / "postmaster.pid").exists()
     end = time.monotonic() + 60
     while subprocess.run([program("pg_isready"), f"--host={folder / 'socket'}", "--quiet"]).returncode == 0:
         assert time.monotonic() < end
+
+
+def test_a_killed_command_is_started_again_and_a_second_one_beside_it_is_refused(folder, command):
+    port = free_port()
+    first = command(port)
+    is_ready(first)
+    known = len(runs(f"http://127.0.0.1:{port}/api", auth=None))
+    first.kill()
+    first.wait()
+    database = int((folder / "postgres" / "postmaster.pid").read_text().split()[0])
+    assert psutil.pid_exists(database), "its database goes on"
+    assert len(runs(f"http://127.0.0.1:{port}/api", auth=None)) == known, "and so does its Prefect"
+
+    again = command(port)
+    is_ready(again)
+    assert not psutil.pid_exists(database)
+    second = command(free_port())
+    assert second.wait(100) == 1
+    assert "A server runs in" in second.stderr.read()
+    assert len(runs(f"http://127.0.0.1:{port}/api", auth=None)) == known
+    again.terminate()
+    _, said = again.communicate(timeout=200)
+    assert again.returncode == 0
+    assert f"ended what a killed server had left running in {folder}: prefect " in said
+    assert f"postgres {database}" in said
 
 
 def test_what_does_not_start_says_why(folder):

@@ -27,16 +27,18 @@ def test_a_step_whose_node_dies_goes_on_on_the_other_and_the_pipeline_ends_compl
     assert deployed.events(case)[0]["pid"] in pids(lab.cluster), "it is a process of a Slurm job"
     (job,) = lab.cluster.jobs()
     node = lab.cluster.node_of(job)
-    lab.cluster.kill_node(node)
-    hold.unlink()
-    deployed.server.wait(pipeline, seconds=500)
-    assert case.is_as_the_whole()
-    assert deployed.done(case) == {"finetune-M": 1, "diff": 1}
-    runs = {child["name"].split(" · ")[0]: child["run_count"] for child in deployed.server.children(pipeline)}
-    assert runs == {"finetune M": 2, "diff": 1}
-    assert "the node failed (NODE_FAIL)" in lab.worker.log.read_text()
-    assert len(list(lab.logs.iterdir())) == 3, "three jobs, each with its log"
-    lab.cluster.revive_node(node)
+    try:
+        lab.cluster.kill_node(node)
+        hold.unlink()
+        deployed.server.wait(pipeline, seconds=500)
+        assert case.is_as_the_whole()
+        assert deployed.done(case) == {"finetune-M": 1, "diff": 1}
+        runs = {child["name"].split(" · ")[0]: child["run_count"] for child in deployed.server.children(pipeline)}
+        assert runs == {"finetune M": 2, "diff": 1}
+        assert "the node failed (NODE_FAIL)" in lab.worker.log.read_text()
+        assert len(list(lab.logs.iterdir())) == 3, "three jobs, each with its log"
+    finally:
+        lab.cluster.revive_node(node)
 
 
 def test_a_failed_job_is_retried_in_place_and_a_cancelled_pipeline_leaves_no_job(deployed, lab):

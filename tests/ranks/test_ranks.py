@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -49,6 +51,29 @@ def one_thread():
     torch.set_num_threads(1)  # torchrun's default for each rank
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def started() -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts a step on two ranks in a process of its own; it and all that it has started end with the test, however that ends."""
+    made: list[subprocess.Popen] = []
+
+    def start(spec, store: Store, before: str = "") -> subprocess.Popen:
+        command = [sys.executable, "-c", before + TWO, spec.step, spec.model_dump_json(), store.root]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        made.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment))
+        return made[-1]
+
+    yield start
+    for process in made:
+        tree = []
+        with suppress(psutil.NoSuchProcess):  # it has ended in the test
+            tree = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        process.kill()
+        process.communicate()
+        for member in tree:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +191,7 @@ def test_two_ranks_finetune_from_a_start_with_its_optimiser_and_revived_features
 
 
 @pytest.mark.integration
-def test_a_training_of_two_ranks_killed_again_and_again_resumes_to_the_same_bytes(planted, tmp_path):
+def test_a_training_of_two_ranks_killed_again_and_again_resumes_to_the_same_bytes(planted, started, tmp_path):
     """A rank, the other one, torchrun between them, and who launched it: nothing is left behind, and the next attempt goes on."""
     hit, undisturbed = Store(tmp_path / "hit"), Store(tmp_path / "undisturbed")
     data = tools().store_activations(hit, planted)
@@ -200,7 +225,7 @@ def newest(checkpoints: Path) -> int:
     return max((int(path.name.split("-")[0]) for path in checkpoints.glob("*.safetensors")), default=0) if checkpoints.is_dir() else 0
 
 
-def test_a_cancelled_training_leaves_no_process(planted, tmp_path):
+def test_a_cancelled_training_leaves_no_process(planted, started, tmp_path):
     """As Prefect cancels: SIGTERM, which becomes an exception in the main thread."""
     store = Store(tmp_path / "store")
     spec = training(tools().store_activations(store, planted), steps_=100_000)
@@ -257,12 +282,6 @@ def test_without_a_word_a_step_runs_in_this_process(planted, tmp_path, monkeypat
     monkeypatch.setenv(ranks.RANKS, "several")
     with pytest.raises(UserError, match="STAGEDIFF_RANKS is 'several'"):
         ranks.run(spec, store, device="cpu")
-
-
-def started(spec, store: Store, before: str = "") -> subprocess.Popen:
-    command = [sys.executable, "-c", before + TWO, spec.step, spec.model_dump_json(), store.root]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
 def role(process: psutil.Process) -> str | None:

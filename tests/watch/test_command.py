@@ -125,6 +125,10 @@ def test_a_place_that_does_not_answer_for_a_while_is_looked_at_again(save, tmp_p
     assert len(looks) == 5
 
 
+def test_looking_once_and_deploying_contradict_each_other(tmp_path):
+    refused(stagediff("watch", written(tiny_watch(tmp_path), tmp_path), "--once", "--deploy", "stagediff"), "Give one of them")
+
+
 def test_deploying_needs_an_api_that_answers(tmp_path, monkeypatch):
     config = written(tiny_watch(tmp_path), tmp_path)
     command = [sys.executable, "-c", "from stagediff.cli import main; main()", "watch", str(config), "--deploy", "stagediff"]

@@ -11,14 +11,18 @@ from prefect.states import Completed, Crashed, Failed, Running, State
 from prefect.testing.utilities import prefect_test_harness
 from pydantic import TypeAdapter
 
+from flows.deploy import directory_of, register
+from flows.deployments import other_entries
+from flows.pools import Wanted, install, template_for
 from flows.track import track
 from flows.watch import TRIGGERS, entry, triggers, watch
+from flows.watch import deploy as deploy_watch
 from stagediff.config import parse_config
-from stagediff.errors import StagediffError
+from stagediff.errors import StagediffError, UserError
 from stagediff.store import Store
 from stagediff.watch.watcher import Watcher
 
-from .runs import tiny_watch
+from .runs import tiny_diff, tiny_watch
 
 pytestmark = pytest.mark.integration
 
@@ -122,6 +126,20 @@ def test_the_trigger_is_one_that_prefect_takes(made):
     for template in body["parameters"].values():
         validate_user_template(template)
     assert set(body["parameters"]) <= set(watch.parameters.properties)
+
+
+def test_a_deployed_watch_begins_in_the_folder_that_its_pool_was_deployed_with(save, tmp_path):
+    save(10)
+    body = tiny_watch(tmp_path, name="far")
+    wanted = Wanted("far", "process", gpus=0, directory="/app")
+    with get_client(sync_client=True) as client:
+        install(client, wanted, template_for(wanted, {}), {})
+        (pipeline,) = [e for e in other_entries("far") if e["entrypoint"] == "flows/track.py:track"]
+        register(client, pipeline, "/app")
+        assert "watch/far looks every" in deploy_watch(body, pool="far")
+        assert directory_of(client.read_deployment_by_name("watch/far")) == "/app"
+        with pytest.raises(UserError, match="no deployment stagewise/far"):
+            deploy_watch(tiny_diff(tmp_path, save(0, folder="base")), pool="far")
 
 
 def test_a_deployments_paths_are_written_in_full(save, tmp_path, monkeypatch):
