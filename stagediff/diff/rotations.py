@@ -18,7 +18,7 @@ from stagediff.diff.cuts import Selection, random_sample, select
 from stagediff.diff.decoders import Decoder, aligned_blocks, cosines, nearest
 from stagediff.diff.enrichment import COLUMNS as ENRICHMENT_COLUMNS
 from stagediff.diff.enrichment import enrichment, headline
-from stagediff.diff.spec import STAGES, DiffSpec
+from stagediff.diff.spec import PATHS, STAGES, DiffSpec
 from stagediff.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ COSINES = {
 """Column -> the two stages whose decoder rows it compares."""
 P1_CUT = 0.7
 ALIVE_IN = ("D", "F_D", "M", "F_M")
-PATHS = ("F_D", "F_M")
 
 
 def compute(spec: DiffSpec, job: "Job") -> dict[str, Any]:

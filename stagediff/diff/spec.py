@@ -1,13 +1,19 @@
-"""Spec of the diff step."""
+"""Specs of the diff and align steps."""
 
 from typing import Literal
 
+from pydantic import Field
+
 from stagediff.spec import Ref, Spec, Value
 
-__all__ = ["STAGES", "Cut", "DiffSpec"]
+__all__ = ["ALIGNED_STAGES", "PATHS", "STAGES", "AlignSpec", "Cut", "DiffSpec"]
 
 STAGES = ("S", "D", "M", "F_D", "F_M", "F_direct")
 """The dictionaries of a run: F_D is F via D, F_M is F via M, F_direct the direct finetune S -> F with the whole path's budget."""
+
+PATHS = ("F_D", "F_M")
+"""The two dictionaries that should end alike."""
+ALIGNED_STAGES = ("D", "M", *PATHS, "F_direct")
 
 
 class Cut(Value):
@@ -32,3 +38,27 @@ class DiffSpec(Spec):
     seed: int = 0
     alive_firings: int = 10
     """Firings in a stage's statistics rows from which a feature counts as alive there."""
+
+
+class AlignSpec(Spec):
+    """Scores that need no index: latents of F via D and F via M matched by direction, and how new each pair is against D and M."""
+
+    step = "align"
+    kind = "evidence"
+    diff: Ref
+    """The published scores, index by index: they stand beside."""
+    dictionaries: dict[str, Ref]
+    """Stage -> dictionary, all of ALIGNED_STAGES."""
+    statistics: dict[str, Ref]
+    """Stage -> statistics on the finetuned model's held-out mix, of the F dictionaries."""
+    base_statistics: dict[str, Ref] = {}
+    """F_D, F_M -> their statistics on the base model's activations of the same rows: with them, the 2 x 2 contrast. Empty: without it."""
+    candidates: int = Field(16_384, ge=1)
+    """Latents per dictionary that are matched: all alive ones, or, where there are more, those that turned most from D's and M's of their index."""
+    newborn_below: float = Field(0.7, gt=0, lt=1)
+    """A latent of F is newborn when its direction has a smaller cosine than this with every latent of D and of M. Two newborns nearer than this are one."""
+    saturated: float = Field(0.9, gt=0, le=1)
+    """Share of the other dictionaries' newborns that a path must have too; below it the births have not saturated."""
+    alive_firings: int = 10
+    random_sample: int = 500
+    seed: int = 0

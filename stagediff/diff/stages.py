@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from stagediff.diff.config import StagewiseConfig
-from stagediff.diff.spec import STAGES, DiffSpec
+from stagediff.diff.spec import ALIGNED_STAGES, PATHS, STAGES, AlignSpec, DiffSpec
 from stagediff.errors import UserError
 from stagediff.inputs.config import ModelConfig
 from stagediff.inputs.rows import Inputs, budget, corpus_source, interval
@@ -96,12 +96,34 @@ class _Builder:
         self.heldout = self._mix("heldout-", heldout_base, heldout)
         dictionaries = self._dictionaries()
         statistics = {stage: self._measure(stage, dictionaries[stage]) for stage in STAGES}
-        self.plan.add(
+        diff = self.plan.add(
             "diff",
             DiffSpec(
                 dictionaries=dictionaries, statistics=statistics, cut=cfg.diff.cut, random_sample=cfg.diff.random_sample, seed=cfg.seed
             ),
         )
+        self._align(diff, dictionaries, statistics)
+
+    def _align(self, diff: Ref, dictionaries: dict[str, Ref], statistics: dict[str, Ref]) -> None:
+        """Scores without an index, and for the contrast what both F dictionaries do on the base model's rows."""
+        cfg = self.config.diff
+        base: dict[str, Ref] = {}
+        if cfg.aligned.contrast:
+            data = self._heldout_data("base")
+            for stage in PATHS:
+                spec = StatisticsSpec(dictionary=dictionaries[stage], data=data, top=1)
+                base[stage] = self.plan.add(f"statistics-{stage}-on-base", spec)
+        align = AlignSpec(
+            diff=diff,
+            dictionaries={s: dictionaries[s] for s in ALIGNED_STAGES},
+            statistics={s: statistics[s] for s in (*PATHS, "F_direct")},
+            base_statistics=base,
+            candidates=cfg.aligned.candidates,
+            newborn_below=cfg.aligned.newborn_below,
+            random_sample=cfg.random_sample,
+            seed=self.config.seed,
+        )
+        self.plan.add("align", align)
 
     # --- inputs -------------------------------------------------------------------------------------------------------------------------
 
@@ -236,12 +258,17 @@ class _Builder:
             )
         return made
 
+    def _heldout_data(self, model: str) -> ActivationData:
+        """A model's activations of the held-out mix."""
+        rows = self.heldout
+        base = self._harvest(f"harvest-{model}-heldout", model, rows.base, rows.rows, keep=True)
+        new = self._harvest(f"harvest-{model}-heldout-new", model, rows.new, rows.new_rows, keep=True)
+        return ActivationData(base=base, rows=rows.rows, mix=rows.mix, new=new)
+
     def _measure(self, stage: str, dictionary: Ref) -> Ref:
         """Statistics and quality of one stage on held-out rows."""
         model, rows = STAGE_MODEL[stage], self.heldout
-        base = self._harvest(f"harvest-{model}-heldout", model, rows.base, rows.rows, keep=True)
-        new = self._harvest(f"harvest-{model}-heldout-new", model, rows.new, rows.new_rows, keep=True)
-        data = ActivationData(base=base, rows=rows.rows, mix=rows.mix, new=new)
+        data = self._heldout_data(model)
         on_base = STAGE_DATA[stage] == "base"
         quality = data.model_copy(update={"mix": None, "new": None}) if on_base else data
         self.plan.add(
