@@ -3,7 +3,7 @@
 tokens(base) ─┬─ harvest(base model) ── train S ─┬─ finetune D ── finetune F via D
 tokens(mix)  ─┤  harvest(base model, mix)        │
               ├─ harvest(finetuned model, base)  └─ finetune M ── finetune F via M
-              └─ harvest(finetuned model, mix)        (beside them: the direct finetune S -> F)
+              └─ harvest(finetuned model, mix)        (beside them: the direct finetune S -> F; where asked for, the nulls D -> D', M -> M')
 each dictionary ── statistics ── diff ── align ── report
 """
 
@@ -50,6 +50,6 @@ def stages(run: Session) -> None:
     run("harvest-*")
     run("train-S", "import-S", "settle-S")
     run("finetune-D", "finetune-M")
-    run("finetune-F_*")
+    run("finetune-F_*", "retrain-D-*", "retrain-M-*")
     run("statistics-*", "quality-*")
-    run("diff", "align")
+    run("retrain-null", "diff", "align")

@@ -19,10 +19,13 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
+from stagediff.diff.calibration import benjamini_hochberg, p_values
 from stagediff.diff.decoders import Decoder, aligned_blocks, cosines
 from stagediff.diff.enrichment import COLUMNS as ENRICHMENT_COLUMNS
 from stagediff.diff.enrichment import enrichment
 from stagediff.diff.matching import Held, Matching, candidates, largest_cosine, match
+from stagediff.diff.null import LEVEL, angles
+from stagediff.diff.procrustes import Turned, common_rotation
 from stagediff.diff.rotations import mean_where_defined, new_share_of_examples
 from stagediff.diff.spec import ALIGNED_STAGES, PATHS, AlignSpec
 from stagediff.errors import UserError
@@ -44,7 +47,11 @@ def compute(spec: AlignSpec, job: "Job") -> dict[str, Any]:
     decoders = {s: Decoder(job.artifact(spec.dictionaries[s])) for s in ALIGNED_STAGES}
     published = job.artifact(spec.diff).read_table("features.parquet", columns=["feature", "x", "y", "score"])
     alive = {s: _firings(spec.statistics[s], job, len(published)) >= spec.alive_firings for s in F_STAGES}
-    bounds = _same_index(decoders)
+    in_both = job.artifact(spec.diff).read_table("features.parquet", columns=["alive_S", "alive_M"]).all(axis=1).to_numpy()
+    rotation = common_rotation(decoders, in_both)
+    if spec.take_out_rotation:
+        decoders["D"] = Turned(decoders["D"], rotation)
+    bounds = _same_index({s: decoders[s] for s in ("D", "M", *F_STAGES)})
     chosen = {s: candidates(bounds[s], alive[s], spec.candidates) for s in F_STAGES}
     rows = {s: decoders[s].take(chosen[s]) for s in F_STAGES}
     against = {name: decoders[name] for name in ("D", "M")}
@@ -60,6 +67,7 @@ def compute(spec: AlignSpec, job: "Job") -> dict[str, Any]:
         table[f"contrast_{stage}"] = _contrast(spec, stage, job) if spec.base_statistics else np.nan
         examples = job.artifact(spec.statistics[stage]).read_table("examples.parquet", columns=["feature", "is_new"])
         table[f"new_top_{stage}"] = new_share_of_examples(examples, len(table))
+        table[f"p_{stage}"] = _novelty_p(spec, stage, table, job) if spec.null else np.nan
     table = _over_pairs(table)[list(COLUMNS)]
     enriched = enrichment(pairs(table), spec.random_sample, spec.seed, _scores(spec))
     births = {s: chosen[s][novelty[s] < spec.newborn_below] for s in F_STAGES}
@@ -67,7 +75,7 @@ def compute(spec: AlignSpec, job: "Job") -> dict[str, Any]:
     job.writer.write_table("enrichment.parquet", enriched, columns=ENRICHMENT_COLUMNS)
     job.notes["seconds"] = round(time.monotonic() - began, 2)
     covered = _coverage(births, chosen, rows, spec, job.device)
-    return {**_figures(table, births, covered, chosen, bounds, spec), **_ranked(enriched)}
+    return {**_figures(table, births, covered, chosen, bounds, spec), **_ranked(enriched), **rotation.figures()}
 
 
 def contrast(finetuned_base: np.ndarray, finetuned_new: np.ndarray, base_base: np.ndarray, base_new: np.ndarray) -> np.ndarray:
@@ -141,6 +149,17 @@ def _contrast(spec: AlignSpec, stage: str, job: "Job") -> np.ndarray:
     return contrast(*cells)
 
 
+def _novelty_p(spec: AlignSpec, stage: str, table: pd.DataFrame, job: "Job") -> np.ndarray:
+    """[F] p of each latent's novelty, among that of the retrain null's latents of like density and norm."""
+    assert spec.null
+    null = job.artifact(spec.null).read_table("null.parquet", columns=["axis", "novelty", "density", "norm"])
+    null = null[null.axis == ("x" if stage == "F_D" else "y")]
+    own = job.artifact(spec.statistics[stage]).read_table("features.parquet", columns=["density", "decoder_norm"])
+    like = [own.density.to_numpy(float), own.decoder_norm.to_numpy(float)]
+    null_like = [null.density.to_numpy(float), null.norm.to_numpy(float)]
+    return p_values(angles(table[f"novelty_{stage}"].to_numpy(float)), like, angles(null.novelty.to_numpy(float)), null_like)
+
+
 def _over_pairs(table: pd.DataFrame) -> pd.DataFrame:
     """Adds what belongs to both latents of a pair, in the row of F via D's; NaN without a partner."""
     has = table.partner.to_numpy() >= 0
@@ -152,11 +171,14 @@ def _over_pairs(table: pd.DataFrame) -> pd.DataFrame:
     gain = np.zeros(len(table))
     for stage, of in (("F_D", lambda name: table[name].to_numpy(float)), ("F_M", of_partner)):
         gain = gain + (1 - of(f"novelty_{stage}")) * np.maximum(of(f"contrast_{stage}"), 0)
+    p = np.maximum(table.p_F_D.to_numpy(float), of_partner("p_F_M"))
     both_top = mean_where_defined([table.new_top_F_D.to_numpy(float), of_partner("new_top_F_M")])
     return table.assign(
         pair_novelty=table.novelty_F_D.to_numpy() + of_partner("novelty_F_M"),
         paired_x_y=table.x.to_numpy() + of_partner("y"),
         aligned=np.where(has, gain, np.nan),
+        pair_p=p,
+        pair_q=benjamini_hochberg(p),
         pair_new_top=np.where(has, both_top, np.nan),
     )
 
@@ -201,6 +223,7 @@ def _figures(
         "births_saturated": min(known) >= spec.saturated if known else None,
         "same_index_rate": float(paired.same_index.mean()) if len(paired) else None,
         "pair_cos_median": float(paired.pair_cos.median()) if len(paired) else None,
+        "pairs_q_below_0.1": int((paired.pair_q <= LEVEL).sum()) if spec.null else None,
         "left_out": sum(map(len, left_out)),
         "left_out_novelty_at_least": min((float(bounds[s][i].min()) for s, i in zip(PATHS, left_out, strict=True) if len(i)), default=None),
     }
@@ -234,6 +257,10 @@ COLUMNS = {
     "contrast_F_D": ("share", "2 x 2 activation contrast of F via D's latent (empty: not measured, or it never fires)"),
     "contrast_F_M": ("share", "the same of F via M's latent of this index"),
     "aligned": ("score", "(1 - novelty) x contrast where positive, summed over the pair; high is suspicious"),
+    "p_F_D": ("probability", "of as new a latent by retraining alone, of F via D's (empty: no retrain null)"),
+    "p_F_M": ("probability", "the same of F via M's latent of this index"),
+    "pair_p": ("probability", "the larger of the pair's two"),
+    "pair_q": ("false discovery rate", "at which the pair would be called, Benjamini and Hochberg over the pairs"),
     "new_top_F_D": ("share", "new rows among the top examples of F via D's latent"),
     "new_top_F_M": ("share", "the same of F via M's latent of this index"),
     "pair_new_top": ("share", "mean of the pair's two latents"),

@@ -1,27 +1,28 @@
-"""Specs of the diff and align steps."""
+"""Specs of the diff, null and align steps."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from stagediff.spec import Ref, Spec, Value
+from stagediff.spec import Later, Ref, Spec, Value
 
-__all__ = ["ALIGNED_STAGES", "PATHS", "STAGES", "AlignSpec", "Cut", "DiffSpec"]
+__all__ = ["ALIGNED_STAGES", "PATHS", "STAGES", "AlignSpec", "Cut", "DiffSpec", "NullSpec"]
 
 STAGES = ("S", "D", "M", "F_D", "F_M", "F_direct")
 """The dictionaries of a run: F_D is F via D, F_M is F via M, F_direct the direct finetune S -> F with the whole path's budget."""
 
 PATHS = ("F_D", "F_M")
 """The two dictionaries that should end alike."""
-ALIGNED_STAGES = ("D", "M", *PATHS, "F_direct")
+ALIGNED_STAGES = ("S", "D", "M", *PATHS, "F_direct")
 
 
 class Cut(Value):
     """Which features are selected (lower left of the scatter)."""
 
-    kind: Literal["absolute", "quantile"] = "quantile"
+    kind: Literal["absolute", "quantile", "fdr"] = "quantile"
     value: float = 0.1
-    """absolute: x and y both below it (P1: 0.7). quantile: the lowest share of alive features by x + y."""
+    """absolute: x and y both below it (P1: 0.7). quantile: the lowest share of alive features by x + y. fdr: those that moved more than their retrain null
+    on both axes, q at most this (expected share of false ones among the selected)."""
 
 
 class DiffSpec(Spec):
@@ -38,6 +39,30 @@ class DiffSpec(Spec):
     seed: int = 0
     alive_firings: int = 10
     """Firings in a stage's statistics rows from which a feature counts as alive there."""
+    null: Annotated[Ref | None, Later()] = None
+    """The retrain null, for the cut fdr."""
+    take_out_rotation: Annotated[bool, Later()] = False
+    """Whether the common rotation from S to M is taken out of every cosine between a dictionary of the base model and one of the finetuned model."""
+
+
+class NullSpec(Spec):
+    """How far features move by continued training alone: D trained on as D', M as M', with nothing new; and how unusual the real moves are against that."""
+
+    step = "null"
+    kind = "evidence"
+    dictionaries: dict[str, Ref]
+    """Stage -> dictionary: S, D, M, F_D, F_M."""
+    statistics: dict[str, Ref]
+    """Stage -> statistics on held-out rows: S, D, M, F_D, F_M."""
+    nulls: dict[str, tuple[Ref, ...]]
+    """D, M -> the dictionaries D', M' of every repeat."""
+    null_statistics: dict[str, tuple[Ref, ...]]
+    """D, M -> their statistics, as D's and M's own."""
+    take_out_rotation: bool = False
+    """As the diff's."""
+    candidates: int = Field(16_384, ge=1)
+    """Latents of each D' and M' whose novelty is measured: as the align step's."""
+    alive_firings: int = 10
 
 
 class AlignSpec(Spec):
@@ -57,6 +82,10 @@ class AlignSpec(Spec):
     """Latents per dictionary that are matched: all alive ones, or, where there are more, those that turned most from D's and M's of their index."""
     newborn_below: float = Field(0.7, gt=0, lt=1)
     """A latent of F is newborn when its direction has a smaller cosine than this with every latent of D and of M. Two newborns nearer than this are one."""
+    null: Ref | None = None
+    """The retrain null: with it, every pair has a p and a q."""
+    take_out_rotation: bool = False
+    """Whether D is turned by the common rotation from S to M before novelty is measured against it."""
     saturated: float = Field(0.9, gt=0, le=1)
     """Share of the other dictionaries' newborns that a path must have too; below it the births have not saturated."""
     alive_firings: int = 10

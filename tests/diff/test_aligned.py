@@ -9,7 +9,7 @@ from sklearn.metrics import average_precision_score
 
 from stagediff import steps
 from stagediff.diff.aligned import COLUMNS, contrast
-from stagediff.diff.spec import STAGES, AlignSpec, DiffSpec
+from stagediff.diff.spec import ALIGNED_STAGES, STAGES, AlignSpec, DiffSpec
 from stagediff.errors import UserError
 from stagediff.lm.spec import ActivationData
 from stagediff.sae.spec import Budget, DictionaryConfig, StatisticsSpec, TrainSpec
@@ -74,7 +74,7 @@ def planted(tmp_path):
     diff = DiffSpec(dictionaries=dictionaries, statistics=measured, random_sample=50)
     spec = AlignSpec(
         diff=diff.ref,
-        dictionaries={s: dictionaries[s] for s in ("D", "M", "F_D", "F_M", "F_direct")},
+        dictionaries={s: dictionaries[s] for s in ALIGNED_STAGES},
         statistics={s: measured[s] for s in ("F_D", "F_M", "F_direct")},
         base_statistics=on_base,
     )

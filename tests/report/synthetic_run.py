@@ -197,6 +197,8 @@ def aligned_table(published: pd.DataFrame, rng: np.random.Generator) -> pd.DataF
     table["paired_x_y"] = np.where(alive, published.x + published.y.to_numpy()[at], np.nan)
     table["pair_novelty"] = np.where(alive, new + new[at], np.nan)
     table["contrast_F_D"] = table["contrast_F_M"] = np.where(alive, np.where(fresh, 0.8, -0.1), np.nan)
+    for name in ("p_F_D", "p_F_M", "pair_p", "pair_q"):
+        table[name] = np.nan
     table["aligned"] = np.where(alive, 0.8 * fresh * (2 - table.pair_novelty), np.nan)
     for name in ("new_top_F_D", "new_top_F_M", "pair_new_top"):
         table[name] = published.new_top
@@ -215,6 +217,10 @@ def write_align(store: Store, spec: AlignSpec, rng: np.random.Generator) -> Ref:
         "births_saturated": False,
         "same_index_rate": 0.98,
         "pair_cos_median": 0.93,
+        "rotation_features": 990,
+        "rotation_angle": 4.2,
+        "rotation_cosine_before": 0.97,
+        "rotation_cosine_after": 0.98,
         "left_out": 0,
         "left_out_novelty_at_least": None,
         "average_precision_pair_novelty": 0.942,

@@ -45,7 +45,7 @@ def section(context: ReportContext) -> Section | None:
         "<p>The scatter above trusts the index: x and y of one number are taken for one feature. Features that are born in F lie at different indices on the "
         "two paths, so here the two F dictionaries are matched by decoder direction, nearest pair first, and a pair is scored by how new both of its latents "
         "are: <em>novelty</em> is a latent's largest cosine with any latent of D or of M, <em>paired novelty</em> the sum over the pair; low is "
-        f"suspicious. The published x + y stands beside.</p>{_births(figures, spec)}{facts(_facts(figures))}"
+        f"suspicious. The published x + y stands beside.</p>{_births(figures, spec)}{_rotation(figures, spec)}{facts(_facts(figures))}"
         f"{_judged(enriched)}{_foremost(features, lookup)}"
         '<p class="small muted">Pictures for papers: <a href="aligned.svg">aligned.svg</a>, <a href="aligned.png">aligned.png</a> '
         "(left x against y by index, right the novelty of both latents of each pair).</p>"
@@ -76,6 +76,15 @@ def _births(f: dict[str, Any], spec: AlignSpec) -> str:
             f"a cosine of {_three(f['left_out_novelty_at_least'])} or more.</p>"
         )
     return said
+
+
+def _rotation(f: dict[str, Any], spec: AlignSpec) -> str:
+    return (
+        f"<p>The rotation that best maps S's directions on M's (over {number(f['rotation_features'])} features alive in both) turns a direction by "
+        f"{_three(f['rotation_angle'])}° on average and changes the mean cosine from {_three(f['rotation_cosine_before'])} "
+        f"to {_three(f['rotation_cosine_after'])}. "
+        f"It is {'taken out of the cosines here' if spec.take_out_rotation else 'left in the cosines (diff.take_out_rotation takes it out)'}.</p>"
+    )
 
 
 def _facts(f: dict[str, Any]) -> list[tuple[str, str, str]]:
