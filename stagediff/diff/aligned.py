@@ -60,7 +60,7 @@ def compute(spec: AlignSpec, job: "Job") -> dict[str, Any]:
         for stage in F_STAGES:
             novelty[stage] = np.maximum(*largest_cosine(rows[stage], against, job.device).values())
             task.advance(1)
-    found = match(*(rows[s] for s in PATHS), job.device)
+    found = match(rows["F_D"], rows["F_M"], job.device)
 
     table = _features(published, alive, chosen, novelty, found)
     for stage in PATHS:

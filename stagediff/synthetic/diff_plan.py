@@ -38,9 +38,31 @@ class DiffRecipe(Value):
     alive_firings: int = 10
 
 
-_SMALL = DiffRecipe(dictionary=DictionaryConfig(features=512, l1=3.0), train=Budget(tokens=3_072_000, batch=2048, lr=1e-3), rows=32_000)
-_SMALL_WORLD = {"d": 64, "unchanged": 202, "model_only": 20, "data_only": 12, "appears": 8, "differs": 8, "turns": 8}
-_LARGE_WORLD = {"d": 768, "unchanged": 5000, "model_only": 240, "data_only": 144, "appears": 96, "differs": 96, "turns": 96}
+_SMALL = DiffRecipe(
+    dictionary=DictionaryConfig(features=512, l1=3.0),
+    train=Budget(tokens=3_072_000, batch=2048, lr=1e-3),
+    finetune=Budget(tokens=1_638_400, batch=2048, lr=3e-3),
+    rows=32_000,
+)
+_SMALL_WORLD: dict[str, float] = {
+    "d": 64,
+    "l0": 4.0,
+    "unchanged": 202,
+    "model_only": 20,
+    "data_only": 12,
+    "appears": 8,
+    "differs": 8,
+    "turns": 8,
+}
+_LARGE_WORLD: dict[str, float] = {
+    "d": 768,
+    "unchanged": 5000,
+    "model_only": 240,
+    "data_only": 144,
+    "appears": 96,
+    "differs": 96,
+    "turns": 96,
+}
 _LARGE = DiffRecipe(
     dictionary=DictionaryConfig(features=16_384, l1=3.0),
     train=Budget(tokens=49_152_000, batch=4096, lr=4e-4),

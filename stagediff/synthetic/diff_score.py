@@ -56,7 +56,7 @@ def judge(score: np.ndarray, hits: np.ndarray, wanted: np.ndarray) -> Judged:
     """
     known = hits >= 0
     mine = np.where(known, wanted[np.maximum(hits, 0)], False)
-    is_hit = mine.any(0)
+    is_hit = np.asarray(mine.any(axis=0))
     part = np.isfinite(score) & (is_hit | ~known.any(0))
     score, is_hit, hits, mine = score[part], is_hit[part], hits[:, part], mine[:, part]
     order = np.argsort(-score, kind="stable")

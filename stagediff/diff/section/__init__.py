@@ -66,7 +66,9 @@ def section(context: ReportContext) -> list[Section] | None:
 
 def _pair_novelty(context: ReportContext) -> np.ndarray | None:
     artifact = context.artifact("align")
-    return artifact and artifact.read_table("features.parquet", columns=["pair_novelty"]).pair_novelty.to_numpy(float)
+    if artifact is None:
+        return None
+    return artifact.read_table("features.parquet", columns=["pair_novelty"]).pair_novelty.to_numpy(float)
 
 
 def _top(context: ReportContext, spec: DiffSpec) -> int:
