@@ -8,8 +8,9 @@ contrast          from the latent's mean activations in the four cells (model x 
                   all four. Needs to know which rows are new
 aligned           (1 - novelty) x contrast where that is positive, summed over the pair. High = found
 
-Newborn is a latent whose novelty is under `newborn_below`. Had the finetunes gone on until births saturate, each path would have what the other path, and
-the direct finetune with its double budget, have found: the share of these that a path has too is its coverage (a capture and recapture of births).
+Newborn is a latent whose novelty is under `newborn_below`. The two paths are two catches from one population of needed latents: of what F via M gave birth
+to, the share that F via D has too estimates how much of that population F via D has (Lincoln and Petersen's capture and recapture), and the other way
+round. Births have not saturated while that share, the coverage, is small.
 """
 
 import time
@@ -17,13 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from torch import Tensor
 
 from stagediff.diff.calibration import benjamini_hochberg, p_values
 from stagediff.diff.decoders import Decoder, aligned_blocks, cosines
 from stagediff.diff.enrichment import COLUMNS as ENRICHMENT_COLUMNS
 from stagediff.diff.enrichment import enrichment
-from stagediff.diff.matching import Held, Matching, candidates, largest_cosine, match
+from stagediff.diff.matching import Matching, candidates, largest_cosine, match
 from stagediff.diff.null import LEVEL, angles
 from stagediff.diff.procrustes import Turned, common_rotation
 from stagediff.diff.rotations import mean_where_defined, new_share_of_examples
@@ -74,8 +74,7 @@ def compute(spec: AlignSpec, job: "Job") -> dict[str, Any]:
     job.writer.write_table("features.parquet", table, columns=COLUMNS)
     job.writer.write_table("enrichment.parquet", enriched, columns=ENRICHMENT_COLUMNS)
     job.notes["seconds"] = round(time.monotonic() - began, 2)
-    covered = _coverage(births, chosen, rows, spec, job.device)
-    return {**_figures(table, births, covered, chosen, bounds, spec), **_ranked(enriched), **rotation.figures()}
+    return {**_figures(table, births, chosen, bounds, spec), **_ranked(enriched), **rotation.figures()}
 
 
 def contrast(finetuned_base: np.ndarray, finetuned_new: np.ndarray, base_base: np.ndarray, base_new: np.ndarray) -> np.ndarray:
@@ -187,30 +186,16 @@ def _scores(spec: AlignSpec) -> tuple[str, ...]:
     return PAIR_SCORES if spec.base_statistics else tuple(s for s in PAIR_SCORES if s != "aligned_low")
 
 
-def _coverage(
-    births: dict[str, np.ndarray], chosen: dict[str, np.ndarray], rows: dict[str, Tensor], spec: AlignSpec, device: str
-) -> dict[str, float | None]:
-    """Path -> share of the other path's and the direct finetune's newborns of which it has a latent too; None where they have none."""
-    newborn = {s: rows[s][np.isin(chosen[s], births[s])] for s in F_STAGES}
-    shares: dict[str, float | None] = {}
-    for path in PATHS:
-        others = [newborn[s] for s in F_STAGES if s != path]
-        has = [largest_cosine(of, {path: Held(rows[path])}, device)[path] >= spec.newborn_below for of in others]
-        every = np.concatenate(has)
-        shares[path] = float(every.mean()) if len(every) else None
-    return shares
-
-
 def _figures(
     table: pd.DataFrame,
     births: dict[str, np.ndarray],
-    covered: dict[str, float | None],
     chosen: dict[str, np.ndarray],
     bounds: dict[str, np.ndarray],
     spec: AlignSpec,
 ) -> dict[str, Any]:
     paired = table[table.partner >= 0]
     new = paired[paired.feature.isin(births["F_D"]) & paired.partner.isin(births["F_M"]) & (paired.pair_cos >= spec.newborn_below)]
+    covered = {path: len(new) / len(births[other]) if len(births[other]) else None for path, other in (("F_D", "F_M"), ("F_M", "F_D"))}
     known = [c for c in covered.values() if c is not None]
     left_out = [np.setdiff1d(np.flatnonzero(table[f"alive_{s}"]), chosen[s]) for s in PATHS]
     return {

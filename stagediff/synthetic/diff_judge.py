@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from stagediff.diff.null import LEVEL
+from stagediff.diff.rotations import P1_CUT
 from stagediff.sae.dictionary import SAE
 from stagediff.synthetic.diff_score import COLUMNS, found_at, judge, represented
 from stagediff.synthetic.diff_spec import TARGETS, PlantedDiffSpec
@@ -62,6 +64,8 @@ def compute(spec: PlantedDiffSpec, job: "Job") -> dict[str, Any]:
     rankings = _rankings(published, aligned, unit, alive, stands_for)
     table = _scores(planted, {} if undertrained else rankings)
     job.writer.write_table("scores.parquet", table, columns=COLUMNS)
+    cuts = _cuts(planted, published, aligned, job.artifact(spec.null).read_table("features.parquet"), stands_for)
+    job.writer.write_table("cuts.parquet", cuts, columns=CUT_COLUMNS)
     job.writer.write_table("births.parquet", births, columns=BIRTH_COLUMNS)
     features = _features(planted, stands_for, alive, {} if undertrained else rankings)
     job.writer.write_table("features.parquet", features, columns=FEATURE_COLUMNS)
@@ -73,6 +77,8 @@ def compute(spec: PlantedDiffSpec, job: "Job") -> dict[str, Any]:
         "saturated": align["births_saturated"],
         **{f"coverage_{s}": align[f"coverage_{s}"] for s in ("F_D", "F_M")},
     }
+    for cut in cuts.to_dict("records"):
+        figures |= {f"{name}_{cut['cut']}": cut[name] for name in ("share", "precision", "recall")}
     for row in table[table["class"] == "all"].to_dict("records"):
         figures |= {
             f"{name}_{row['score']}": row[name] for name in ("auroc", "average_precision", "feature_precision", "recall_n", "recall_2n")
@@ -137,6 +143,37 @@ def _scores(planted: PlantedDiff, rankings: dict[str, _Ranking]) -> pd.DataFrame
     return table.astype({name: float for name in COLUMNS if name not in ("score", "class", "planted")})
 
 
+def _cuts(
+    planted: PlantedDiff, published: pd.DataFrame, aligned: pd.DataFrame, null: pd.DataFrame, stands_for: dict[str, np.ndarray]
+) -> pd.DataFrame:
+    """What each cut selects. An index or a pair is right when one of its two latents represents a target."""
+    n, alive = len(planted.targets), published.alive.to_numpy(bool)
+    of_index = np.stack([stands_for["F_D"], stands_for["F_M"]])
+    matched = aligned[aligned.partner >= 0]
+    of_pair = np.stack([stands_for["F_D"][matched.feature], stands_for["F_M"][matched.partner]])
+    x, y = published.x.to_numpy(), published.y.to_numpy()
+    chosen = {
+        "box": (alive & (x < P1_CUT) & (y < P1_CUT), alive.sum(), of_index),
+        "index_q": (np.nan_to_num(null.q.to_numpy(float), nan=1.0) <= LEVEL, alive.sum(), of_index),
+        "pair_q": (np.nan_to_num(matched.pair_q.to_numpy(float), nan=1.0) <= LEVEL, len(matched), of_pair),
+    }
+    rows = []
+    for name, (mask, among, hits) in chosen.items():
+        found = hits[:, mask]
+        right, count = int((found >= 0).any(0).sum()), int(mask.sum())
+        rows.append(
+            {
+                "cut": name,
+                "selected": count,
+                "share": count / max(int(among), 1),
+                "right": right,
+                "precision": right / count if count else np.nan,
+                "recall": len(np.unique(found[found >= 0])) / n,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
 def _births(planted: PlantedDiff, stands_for: dict[str, np.ndarray], alive: dict[str, np.ndarray]) -> pd.DataFrame:
     classes = planted.classes[planted.targets]
     n = len(classes)
@@ -178,6 +215,14 @@ def _features(
     return table
 
 
+CUT_COLUMNS = {
+    "cut": ("name", "box: x and y both below 0.7 (P1); index_q: the retrain null's q at most 0.1; pair_q: the same of matched pairs"),
+    "selected": ("candidates", "that it selects"),
+    "share": ("share", "of all alive features, or of all pairs"),
+    "right": ("candidates", "of the selected that represent a target feature"),
+    "precision": ("share", "of the selected (empty: none)"),
+    "recall": ("share", "of the planted target features that some selected one represents"),
+}
 BIRTH_COLUMNS = {
     "class": ("name", "of planted features; all: every target"),
     "stage": ("name", "F dictionary"),

@@ -22,6 +22,12 @@ MEASURES = {
     "recall_2n": "at 2n",
     "auroc": "AUROC",
 }
+CUTS = {"box": "x, y < 0.7", "index_q": "q ≤ 0.1 by index", "pair_q": "q ≤ 0.1 of pairs"}
+ABOUT = (
+    *("undertrained", "born_F_D", "born_F_M", "born_F_direct", "same_index", "saturated", "coverage_F_D", "coverage_F_M"),
+    *(f"{name}_{cut}" for cut in CUTS for name in ("share", "precision", "recall")),
+)
+"""Figures of a world that stand in each of its rows."""
 LEGEND = (
     "Of the planted features that only model and data together explain. AP: over candidates. By feature: precision at the rank where each planted "
     "feature is first found, 0 where never. Recall: among as many candidates as there are such features, and twice as many. No change: the control, "
@@ -51,8 +57,7 @@ def score_world(
     artifact = store.artifact(plan["score"].ref)
     figures = artifact.manifest.figures
     table = artifact.read_table("scores.parquet")
-    about = ("undertrained", "born_F_D", "born_F_M", "born_F_direct", "same_index", "saturated", "coverage_F_D", "coverage_F_M")
-    table = table.assign(artifact=str(artifact.ref), **{name: figures[name] for name in about})
+    table = table.assign(artifact=str(artifact.ref), **{name: figures[name] for name in ABOUT})
     table.insert(0, "rung", rung)
     table.insert(1, "seed", world.seed)
     return table
@@ -102,4 +107,13 @@ def _numbers(rows: "pd.DataFrame", classes: list[str]) -> list[str]:
 def _about(row: dict[Any, Any]) -> str:
     born = f"seed {row['seed']}: born {row['born_F_D']:.0%} and {row['born_F_M']:.0%}, {row['same_index']:.0%} at one index"
     warned = row["saturated"] is False or row["saturated"] == 0
-    return born + (", UNDERTRAINED" if row["undertrained"] else "") + (", births have not saturated" if warned else "")
+    cuts = [
+        f"{said} selects {row[f'share_{cut}']:.1%}, {_share(row[f'precision_{cut}'])} right, finds {row[f'recall_{cut}']:.0%}"
+        for cut, said in CUTS.items()
+    ]
+    warnings = (", UNDERTRAINED" if row["undertrained"] else "") + (", births have not saturated" if warned else "")
+    return f"{born}{warnings}; {'; '.join(cuts)}"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None or value != value else f"{value:.0%}"

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from stagediff.diff.spec import ALIGNED_STAGES, PATHS, STAGES, AlignSpec, DiffSpec
+from stagediff.diff.spec import ALIGNED_STAGES, PATHS, STAGES, AlignSpec, DiffSpec, NullSpec
 from stagediff.diff.stages import STAGE_DATA, STAGE_MODEL, STAGE_START
 from stagediff.lm.spec import ActivationData, CorpusSource, HookPoint, MixSpec, ModelSource, TokenizerSource
 from stagediff.plan import Plan
@@ -30,20 +30,17 @@ class DiffRecipe(Value):
 
     dictionary: DictionaryConfig = DictionaryConfig(features=1024, l1=3.0)
     train: Budget = Budget(tokens=6_144_000, batch=2048, lr=1e-3)
-    finetune: Budget = Budget(tokens=819_200, batch=2048, lr=3e-3)
+    finetune: Budget = Budget(tokens=1_638_400, batch=2048, lr=3e-3)
     """Of D, M, both F and the nulls; the direct finetune has twice of it."""
     rows: int = Field(64_000, ge=1)
     """Training rows, read as often as the budgets ask for."""
     heldout_rows: int = Field(8192, ge=1)
     alive_firings: int = 10
+    null_repeats: int = Field(1, ge=1)
+    """Of the retrain null; the first is the no-change control too."""
 
 
-_SMALL = DiffRecipe(
-    dictionary=DictionaryConfig(features=512, l1=3.0),
-    train=Budget(tokens=3_072_000, batch=2048, lr=1e-3),
-    finetune=Budget(tokens=1_638_400, batch=2048, lr=3e-3),
-    rows=32_000,
-)
+_SMALL = DiffRecipe(dictionary=DictionaryConfig(features=512, l1=3.0), train=Budget(tokens=3_072_000, batch=2048, lr=1e-3), rows=32_000)
 _SMALL_WORLD: dict[str, float] = {
     "d": 64,
     "l0": 4.0,
@@ -54,6 +51,7 @@ _SMALL_WORLD: dict[str, float] = {
     "differs": 8,
     "turns": 8,
 }
+_SAME_MODELS: dict[str, float] = {**_SMALL_WORLD, "appears": 0, "angle": 0.0, "model_angle": 0.0, "jitter": 0.0}
 _LARGE_WORLD: dict[str, float] = {
     "d": 768,
     "unchanged": 5000,
@@ -82,9 +80,11 @@ DIFF_RUNGS: dict[str, tuple[dict[str, float], DiffRecipe]] = {
     "crowded": ({"unchanged": 804, "model_only": 80, "l0": 12.0}, DiffRecipe()),
     "rare": ({"new_share": 0.01}, _LONG),
     "large": (_LARGE_WORLD, _LARGE),
+    "identical": (_SAME_MODELS, _SMALL),
 }
-"""Rung -> what its world changes of DiffWorld's defaults, and its recipe: few dimensions; the usual world; the same with four times the finetuning;
-directions nearer to each other; model-only features that turn wholly; a common rotation; twice the features; one new row in a hundred; d 768.
+"""Rung -> what its world changes of DiffWorld's defaults, and its recipe: few dimensions; the usual world; the same with a longer and slower finetune;
+directions nearer to each other; model-only features that turn wholly; a common rotation; twice the features; one new row in a hundred; d 768. The last
+is a control: both models are one, so that nothing may be called (q), whatever the scores say.
 """
 
 
@@ -105,24 +105,44 @@ class _Builder:
         self.tokenizer = TokenizerSource(artifact=self.plan.add("tokenizer", PlantedTokenizerSpec(vocab=world.topics)))
 
     def build(self) -> Plan:
-        dictionaries = self._dictionaries()
+        dictionaries, nulls = self._dictionaries()
         statistics = {s: self._statistics(s, dictionaries[s], STAGE_MODEL[s], STAGE_DATA[s] == "base") for s in STAGES}
         diff = self.plan.add(
             "diff", DiffSpec(dictionaries={s: dictionaries[s] for s in STAGES}, statistics=statistics, seed=self.world.seed)
         )
+        null = self._null(dictionaries, statistics, nulls)
         align = AlignSpec(
             diff=diff,
             dictionaries={s: dictionaries[s] for s in ALIGNED_STAGES},
             statistics={s: statistics[s] for s in (*PATHS, "F_direct")},
             base_statistics={s: self._statistics(f"{s}-on-base", dictionaries[s], "base", False) for s in PATHS},
+            null=null,
             alive_firings=self.recipe.alive_firings,
             seed=self.world.seed,
         )
         aligned = self.plan.add("align", align)
-        self.plan.add("score", PlantedDiffSpec(world=self.world, diff=diff, align=aligned, dictionaries=dictionaries))
+        first = {f"{s}_null": of[0] for s, of in nulls.items()}
+        self.plan.add("score", PlantedDiffSpec(world=self.world, diff=diff, align=aligned, null=null, dictionaries=dictionaries | first))
         return self.plan
 
-    def _dictionaries(self) -> dict[str, Ref]:
+    def _null(self, dictionaries: dict[str, Ref], statistics: dict[str, Ref], nulls: dict[str, tuple[Ref, ...]]) -> Ref:
+        """The step that compares the real paths with the retrained dictionaries."""
+        stages = ("S", "D", "M", *PATHS)
+        measured = {
+            s: tuple(self._statistics(f"null-{s}-{k}", ref, STAGE_MODEL[s], STAGE_DATA[s] == "base") for k, ref in enumerate(of))
+            for s, of in nulls.items()
+        }
+        spec = NullSpec(
+            dictionaries={s: dictionaries[s] for s in stages},
+            statistics={s: statistics[s] for s in stages},
+            nulls=nulls,
+            null_statistics=measured,
+            alive_firings=self.recipe.alive_firings,
+        )
+        return self.plan.add("retrain-null", spec)
+
+    def _dictionaries(self) -> tuple[dict[str, Ref], dict[str, tuple[Ref, ...]]]:
+        """Every stage's dictionary, and D and M trained on with nothing new."""
         recipe, seed = self.recipe, self.world.seed
         data = {(model, kind): self._data(model, kind, "train") for model in ("base", "finetuned") for kind in ("base", "mix")}
         made = {
@@ -132,18 +152,15 @@ class _Builder:
             )
         }
 
-        def finetune(name: str, start: str, model: str, kind: str, times: int = 1) -> Ref:
+        def finetune(name: str, start: str, stage: str, times: int = 1, order: int = 0) -> Ref:
             budget = recipe.finetune.model_copy(update={"tokens": times * recipe.finetune.tokens})
-            return self.plan.add(
-                name, FinetuneSpec(start=made[start], data=data[model, kind], budget=budget, order_seed=seed + 1, seed=seed)
-            )
+            reads = data[STAGE_MODEL[stage], STAGE_DATA[stage]]
+            return self.plan.add(name, FinetuneSpec(start=made[start], data=reads, budget=budget, order_seed=seed + 1 + order, seed=seed))
 
         for stage, start in STAGE_START.items():
-            times = 2 if stage == "F_direct" else 1
-            made[stage] = finetune(f"finetune-{stage}", start, STAGE_MODEL[stage], STAGE_DATA[stage], times)
-        for stage in ("D", "M"):
-            made[f"{stage}_null"] = finetune(f"null-{stage}", stage, STAGE_MODEL[stage], STAGE_DATA[stage])
-        return made
+            made[stage] = finetune(f"finetune-{stage}", start, stage, times=2 if stage == "F_direct" else 1)
+        repeats = range(recipe.null_repeats)
+        return made, {s: tuple(finetune(f"null-{s}-{k}", s, s, order=k) for k in repeats) for s in ("D", "M")}
 
     def _statistics(self, name: str, dictionary: Ref, model: str, base_rows_only: bool) -> Ref:
         data = self._data(model, "mix", "heldout")

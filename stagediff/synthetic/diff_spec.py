@@ -113,7 +113,8 @@ class DiffMeasures(Value):
 class PlantedDiffSpec(Spec):
     """Scores a diff of the world, and its rivals, against what was planted.
 
-    scores.parquet: a row per score and class. births.parquet: which share of each class exists in each F. features.parquet: a row per target feature.
+    scores.parquet: a row per score and class. cuts.parquet: what cuts select, against the truth. births.parquet: which share of each class exists in each F.
+    features.parquet: a row per target feature.
     """
 
     step = "planted-diff"
@@ -121,6 +122,7 @@ class PlantedDiffSpec(Spec):
     world: DiffWorld
     diff: Ref
     align: Ref
+    null: Ref
     dictionaries: dict[str, Ref]
-    """All stages, and "D_null", "M_null": D and M trained on as their axis' null (same model, same data)."""
+    """All stages, and "D_null", "M_null": D and M trained on with nothing new, the null's first repeat."""
     measures: DiffMeasures = DiffMeasures()

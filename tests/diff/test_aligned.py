@@ -166,7 +166,7 @@ def test_a_path_that_lacks_what_the_others_have_has_not_saturated(planted):
     dictionaries = {**spec.dictionaries, "F_M": dictionary(store, short, 77)}
     _, artifact = compute(store, spec.model_copy(update={"dictionaries": dictionaries}))
     figures = artifact.manifest.figures
-    assert figures["coverage_F_M"] == pytest.approx(0.5)  # of four newborns of F via D and four of the direct finetune
+    assert figures["coverage_F_M"] == pytest.approx(0.5)  # of four newborns of F via D
     assert figures["coverage_F_D"] == 1
     assert figures["births_saturated"] is False
 

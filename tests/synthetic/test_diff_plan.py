@@ -90,6 +90,27 @@ def test_scores_are_given_where_features_were_born_and_left_out_where_they_were_
     assert features.rank_pair_novelty.notna().mean() >= 0.9
 
 
+def test_cuts_are_counted_against_the_truth(scored, plan):
+    store, table = scored
+    cuts = store.artifact(plan["score"].ref).read_table("cuts.parquet").set_index("cut")
+    null = store.artifact(plan["retrain-null"].ref).read_table("features.parquet")
+    assert cuts.selected["index_q"] == (null.q <= 0.1).sum()
+    paired = store.artifact(plan["align"].ref).read_table("features.parquet")
+    assert cuts.selected["pair_q"] == (paired.pair_q <= 0.1).sum()
+    assert cuts.share["pair_q"] == pytest.approx((paired.pair_q <= 0.1).sum() / (paired.partner >= 0).sum())
+    assert (cuts.right <= cuts.selected).all()
+    assert table.recall_pair_q.iloc[0] == pytest.approx(cuts.recall["pair_q"])
+
+
+@pytest.mark.slow
+def test_of_two_identical_models_nothing_is_called(tmp_path):
+    """At most 1 % of the alive features, and of the pairs, at q 0.1."""
+    same = WORLD.model_copy(update={"appears": 0, "angle": 0.0, "model_angle": 0.0, "jitter": 0.0})
+    row = score_world("same", same, RECIPE, Store(str(tmp_path / "store")), device="cpu", progress=QUIET).iloc[0]
+    assert row.share_index_q <= 0.01
+    assert row.share_pair_q <= 0.01
+
+
 def test_what_is_there_is_not_computed_again(scored, plan):
     store, table = scored
     ran = []
@@ -107,7 +128,7 @@ def test_stages_read_their_cell_and_nulls_go_on_with_it(plan):
         assert spec.start == plan["train-S" if start == "S" else f"finetune-{start}"].ref
         assert (side[spec.data.base], spec.data.mix is not None) == cells[stage]
     for stage in ("D", "M"):
-        null, real = plan[f"null-{stage}"].spec, plan[f"finetune-{stage}"].spec
+        null, real = plan[f"null-{stage}-0"].spec, plan[f"finetune-{stage}"].spec
         assert null.start == plan[f"finetune-{stage}"].ref
         assert null.model_copy(update={"start": real.start}) == real
 

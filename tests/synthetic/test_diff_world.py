@@ -156,6 +156,9 @@ def test_every_rung_is_a_world_and_the_ladder_covers_share_angle_rotation_and_wi
     assert worlds["large"].d == 768
     assert DIFF_RUNGS["large"][1].dictionary.features == 16_384
     assert all(DIFF_RUNGS[r][1].dictionary.features > 1.2 * w.features for r, w in worlds.items() if r != "crowded")
+    same = PlantedDiff(worlds["identical"]).directions
+    for data in ("base", "new"):
+        np.testing.assert_allclose(same["base", data], same["finetuned", data], atol=1e-12)
     assert math.isclose(worlds["crowded"].features / usual.features, 1.85, rel_tol=0.05)
 
 

@@ -58,13 +58,13 @@ def _births(f: dict[str, Any], spec: AlignSpec) -> str:
     said = (
         f"<p>Newborn (no latent of D or M within a cosine of {number(spec.newborn_below)}): {number(f['newborn_F_D'])} in F via D, {number(f['newborn_F_M'])} "
         f"in F via M, {number(f['newborn_F_direct'])} in the direct finetune. {number(f['newborn_pairs'])} newborns of the two paths are matched with each "
-        f"other; {_percent(f['newborn_same_index_rate'])} of these lie at the same index. F via D has {_percent(f['coverage_F_D'])} of what the other path and "
-        f"the direct finetune gave birth to, F via M {_percent(f['coverage_F_M'])}.</p>"
+        f"other; {_percent(f['newborn_same_index_rate'])} of these lie at the same index. F via D has {_percent(f['coverage_F_D'])} of what F via M gave birth "
+        f"to, F via M {_percent(f['coverage_F_M'])} of what F via D did.</p>"
     )
     if f["births_saturated"] is False:
         said += (
-            f'<p class="warn"><strong>Births have not saturated.</strong> A path lacks more than {_percent(1 - spec.saturated)} of the newborns that other '
-            "dictionaries have: features that only the finetuned model and the new data together need may not exist yet, and what does not exist is not found. "
+            f'<p class="warn"><strong>Births have not saturated.</strong> A path lacks more than {_percent(1 - spec.saturated)} of the newborns that the '
+            "other one has: features that only the finetuned model and the new data together need may not exist yet, and what does not exist is not found. "
             "Raise finetune.tokens or finetune.lr until both shares exceed "
             f"{_percent(spec.saturated)}; until then an empty list means nothing.</p>"
         )
