@@ -149,14 +149,11 @@ def _contrast(spec: AlignSpec, stage: str, job: "Job") -> np.ndarray:
 
 
 def _novelty_p(spec: AlignSpec, stage: str, table: pd.DataFrame, job: "Job") -> np.ndarray:
-    """[F] p of each latent's novelty, among that of the retrain null's latents of like density and norm."""
+    """[F] p of each latent's novelty among all of the retrain null's: unlike an angle at one index, it means the same for rare and frequent latents."""
     assert spec.null
-    null = job.artifact(spec.null).read_table("null.parquet", columns=["axis", "novelty", "density", "norm"])
+    null = job.artifact(spec.null).read_table("null.parquet", columns=["axis", "novelty"])
     null = null[null.axis == ("x" if stage == "F_D" else "y")]
-    own = job.artifact(spec.statistics[stage]).read_table("features.parquet", columns=["density", "decoder_norm"])
-    like = [own.density.to_numpy(float), own.decoder_norm.to_numpy(float)]
-    null_like = [null.density.to_numpy(float), null.norm.to_numpy(float)]
-    return p_values(angles(table[f"novelty_{stage}"].to_numpy(float)), like, angles(null.novelty.to_numpy(float)), null_like)
+    return p_values(angles(table[f"novelty_{stage}"].to_numpy(float)), [], angles(null.novelty.to_numpy(float)), [])
 
 
 def _over_pairs(table: pd.DataFrame) -> pd.DataFrame:

@@ -24,12 +24,13 @@ REGION_SHARE, REGION_LEAST = 0.01, 10
 def p_values(angle: np.ndarray, like: Sequence[np.ndarray], null_angle: np.ndarray, null_like: Sequence[np.ndarray]) -> np.ndarray:
     """[n] p of each angle, large = unusual; NaN where the angle or a covariate is undefined.
 
-    Parameters: angle [n], null_angle [N] in radians; like, null_like: the covariates of each, [n] and [N] arrays, positive (they are compared by rank).
+    Parameters: angle [n], null_angle [N] in radians; like, null_like: the covariates of each, [n] and [N] arrays, positive (they are compared by rank);
+    none: all null values are pooled as they are.
     """
-    defined = np.isfinite(null_angle) & np.all([np.isfinite(c) for c in null_like], axis=0)
+    defined = np.isfinite(np.stack([null_angle, *null_like])).all(0)
     null_angle, null_like = null_angle[defined], [c[defined] for c in null_like]
     p = np.full(len(angle), np.nan)
-    able = np.isfinite(angle) & np.all([np.isfinite(c) for c in like], axis=0)
+    able = np.isfinite(np.stack([angle, *like])).all(0)
     if not len(null_angle):
         p[able] = 1.0
         return p

@@ -86,7 +86,7 @@ class AlignSpec(Spec):
     """The retrain null: with it, every pair has a p and a q."""
     take_out_rotation: bool = False
     """Whether D is turned by the common rotation from S to M before novelty is measured against it."""
-    saturated: float = Field(0.75, gt=0, le=1)
+    saturated: float = Field(0.85, gt=0, le=1)
     """Share of the other path's newborns that a path must have too; below it the births have not saturated. (On planted truth 0.72 where 75 and 83 % of
     the needed latents existed, 0.81 where 96 % did: some newborns are nobody's feature.)"""
     alive_firings: int = 10

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["SCORES", "compute"]
 
 F_STAGES = ("F_D", "F_M", "F_direct")
+STRICT_P = 0.005
 SCORES = {
     "x_y": "x + y by index (published)",
     "max_x_y": "max(x, y) by index",
@@ -155,6 +156,7 @@ def _cuts(
     chosen = {
         "box": (alive & (x < P1_CUT) & (y < P1_CUT), alive.sum(), of_index),
         "index_q": (np.nan_to_num(null.q.to_numpy(float), nan=1.0) <= LEVEL, alive.sum(), of_index),
+        "pair_p": (np.nan_to_num(matched.pair_p.to_numpy(float), nan=1.0) <= STRICT_P, len(matched), of_pair),
         "pair_q": (np.nan_to_num(matched.pair_q.to_numpy(float), nan=1.0) <= LEVEL, len(matched), of_pair),
     }
     rows = []
@@ -216,7 +218,10 @@ def _features(
 
 
 CUT_COLUMNS = {
-    "cut": ("name", "box: x and y both below 0.7 (P1); index_q: the retrain null's q at most 0.1; pair_q: the same of matched pairs"),
+    "cut": (
+        "name",
+        "box: x and y both below 0.7 (P1); index_q: the retrain null's q at most 0.1; pair_p: both novelties beyond the null's 0.5 % quantile; pair_q: q of pairs at most 0.1",
+    ),
     "selected": ("candidates", "that it selects"),
     "share": ("share", "of all alive features, or of all pairs"),
     "right": ("candidates", "of the selected that represent a target feature"),

@@ -22,7 +22,7 @@ MEASURES = {
     "recall_2n": "at 2n",
     "auroc": "AUROC",
 }
-CUTS = {"box": "x, y < 0.7", "index_q": "q ≤ 0.1 by index", "pair_q": "q ≤ 0.1 of pairs"}
+CUTS = {"box": "x, y < 0.7", "index_q": "q ≤ 0.1 by index", "pair_p": "p ≤ 0.005 of pairs", "pair_q": "q ≤ 0.1 of pairs"}
 ABOUT = (
     *("undertrained", "born_F_D", "born_F_M", "born_F_direct", "same_index", "saturated", "coverage_F_D", "coverage_F_M"),
     *(f"{name}_{cut}" for cut in CUTS for name in ("share", "precision", "recall")),

@@ -80,7 +80,7 @@ def _pairs(aligned: pd.DataFrame, f: dict[str, Any]) -> str:
         for r in found.itertuples(index=False)
     ]
     return (
-        f"<p>The same for matched pairs: a latent's novelty against that of D's and M's latents after retraining. {number(f['pairs_q_below_0.1'])} of "
+        f"<p>The same for matched pairs: a latent's novelty against that of all of D's and M's latents after retraining. {number(f['pairs_q_below_0.1'])} of "
         f"{number(f['pairs'])} pairs have q at most 0.1.</p>"
         + table(
             ("F via D · F via M", "Paired novelty", "Cosine of the two", "p", "q"),
