@@ -8,9 +8,10 @@ contrast          from the latent's mean activations in the four cells (model x 
                   all four. Needs to know which rows are new
 aligned           (1 - novelty) x contrast where that is positive, summed over the pair. High = found
 
-Newborn is a latent whose novelty is under `newborn_below`. The two paths are two catches from one population of needed latents: of what F via M gave birth
-to, the share that F via D has too estimates how much of that population F via D has (Lincoln and Petersen's capture and recapture), and the other way
-round. Births have not saturated while that share, the coverage, is small.
+Newborn is a latent whose novelty is under `newborn_below`. The two paths are two catches from one population of needed latents: of the newborns of F via M
+that carry the new data, the share that F via D has too estimates how much of that population F via D has (Lincoln and Petersen's capture and
+recapture), and the other way round. Births have not saturated while that share, the coverage, is small. Newborns that do not carry the new data are left
+out of it: long finetunes make more and more of them, which are nobody's feature.
 """
 
 import time
@@ -192,13 +193,16 @@ def _figures(
 ) -> dict[str, Any]:
     paired = table[table.partner >= 0]
     new = paired[paired.feature.isin(births["F_D"]) & paired.partner.isin(births["F_M"]) & (paired.pair_cos >= spec.newborn_below)]
-    covered = {path: len(new) / len(births[other]) if len(births[other]) else None for path, other in (("F_D", "F_M"), ("F_M", "F_D"))}
+    carrying = {s: births[s][table[f"new_top_{s}"].to_numpy()[births[s]] >= 0.5] for s in PATHS}
+    shared = int((new.feature.isin(carrying["F_D"]) & new.partner.isin(carrying["F_M"])).sum())
+    covered = {path: shared / len(carrying[other]) if len(carrying[other]) else None for path, other in (("F_D", "F_M"), ("F_M", "F_D"))}
     known = [c for c in covered.values() if c is not None]
     left_out = [np.setdiff1d(np.flatnonzero(table[f"alive_{s}"]), chosen[s]) for s in PATHS]
     return {
         "pairs": len(paired),
         **{f"newborn_{s}": len(births[s]) for s in F_STAGES},
         "newborn_pairs": len(new),
+        **{f"newborn_new_{s}": len(carrying[s]) for s in PATHS},
         "newborn_same_index_rate": float(new.same_index.mean()) if len(new) else None,
         "newborn_cos_median": float(new.pair_cos.median()) if len(new) else None,
         **{f"coverage_{s}": covered[s] for s in PATHS},

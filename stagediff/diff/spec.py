@@ -87,8 +87,7 @@ class AlignSpec(Spec):
     take_out_rotation: bool = False
     """Whether D is turned by the common rotation from S to M before novelty is measured against it."""
     saturated: float = Field(0.85, gt=0, le=1)
-    """Share of the other path's newborns that a path must have too; below it the births have not saturated. (On planted truth 0.72 where 75 and 83 % of
-    the needed latents existed, 0.81 where 96 % did: some newborns are nobody's feature.)"""
+    """Share of the other path's newborns that carry the new data which a path must have too; below it the births have not saturated."""
     alive_firings: int = 10
     random_sample: int = 500
     seed: int = 0

@@ -220,7 +220,8 @@ def _features(
 CUT_COLUMNS = {
     "cut": (
         "name",
-        "box: x and y both below 0.7 (P1); index_q: the retrain null's q at most 0.1; pair_p: both novelties beyond the null's 0.5 % quantile; pair_q: q of pairs at most 0.1",
+        "box: x and y both below 0.7 (P1); index_q: the retrain null's q at most 0.1; pair_p: both novelties of a pair beyond the null's 0.5 % quantile; "
+        "pair_q: the pairs' q at most 0.1",
     ),
     "selected": ("candidates", "that it selects"),
     "share": ("share", "of all alive features, or of all pairs"),

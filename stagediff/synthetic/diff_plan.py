@@ -30,7 +30,7 @@ class DiffRecipe(Value):
 
     dictionary: DictionaryConfig = DictionaryConfig(features=1024, l1=3.0)
     train: Budget = Budget(tokens=6_144_000, batch=2048, lr=1e-3)
-    finetune: Budget = Budget(tokens=1_638_400, batch=2048, lr=3e-3)
+    finetune: Budget = Budget(tokens=3_276_800, batch=2048, lr=3e-3)
     """Of D, M, both F and the nulls; the direct finetune has twice of it."""
     rows: int = Field(64_000, ge=1)
     """Training rows, read as often as the budgets ask for."""
@@ -68,7 +68,7 @@ _LARGE = DiffRecipe(
     rows=512_000,
     heldout_rows=16_384,
 )
-_LONG = DiffRecipe(finetune=Budget(tokens=3_276_800, batch=2048, lr=1e-3))
+_LONG = DiffRecipe(finetune=Budget(tokens=9_830_400, batch=2048, lr=1e-3))
 
 DIFF_RUNGS: dict[str, tuple[dict[str, float], DiffRecipe]] = {
     "small": (_SMALL_WORLD, _SMALL),

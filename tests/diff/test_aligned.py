@@ -171,6 +171,17 @@ def test_a_path_that_lacks_what_the_others_have_has_not_saturated(planted):
     assert figures["births_saturated"] is False
 
 
+def test_newborns_that_do_not_carry_the_new_data_say_nothing_about_saturation(planted):
+    store, spec, W = planted
+    drifted = W["F_D"].clone()
+    drifted[100:104] = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(8), dtype=torch.float64))[0][:4]
+    dictionaries = {**spec.dictionaries, "F_D": dictionary(store, drifted, 78)}
+    _, artifact = compute(store, spec.model_copy(update={"dictionaries": dictionaries}))
+    figures = artifact.manifest.figures
+    assert figures["newborn_F_D"] > figures["newborn_new_F_D"] == 4
+    assert figures["coverage_F_M"] == 1
+
+
 def test_without_births_nothing_is_said_about_saturation(planted):
     store, spec, _ = planted
     still = {s: spec.dictionaries["D"] for s in ("F_D", "F_M", "F_direct")}

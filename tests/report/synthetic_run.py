@@ -211,6 +211,8 @@ def write_align(store: Store, spec: AlignSpec, rng: np.random.Generator) -> Ref:
         "pairs": int((table.partner >= 0).sum()),
         **{f"newborn_{s}": n for s, n in (("F_D", 11), ("F_M", 12), ("F_direct", 14))},
         "newborn_pairs": 9,
+        "newborn_new_F_D": 10,
+        "newborn_new_F_M": 11,
         "newborn_same_index_rate": 2 / 9,
         "coverage_F_D": 0.857,
         "coverage_F_M": 0.923,

@@ -56,17 +56,17 @@ def section(context: ReportContext) -> Section | None:
 def _births(f: dict[str, Any], spec: AlignSpec) -> str:
     """What was born on each path, and the warning where more would be."""
     said = (
-        f"<p>Newborn (no latent of D or M within a cosine of {number(spec.newborn_below)}): {number(f['newborn_F_D'])} in F via D, {number(f['newborn_F_M'])} "
-        f"in F via M, {number(f['newborn_F_direct'])} in the direct finetune. {number(f['newborn_pairs'])} newborns of the two paths are matched with each "
-        f"other; {_percent(f['newborn_same_index_rate'])} of these lie at the same index. F via D has {_percent(f['coverage_F_D'])} of what F via M gave birth "
-        f"to, F via M {_percent(f['coverage_F_M'])} of what F via D did.</p>"
+        f"<p>Newborn (no latent of D or M within a cosine of {number(spec.newborn_below)}): {number(f['newborn_F_D'])} in F via D, "
+        f"{number(f['newborn_F_M'])} in F via M, {number(f['newborn_F_direct'])} in the direct finetune. {number(f['newborn_pairs'])} newborns of the two "
+        f"paths are matched with each other; {_percent(f['newborn_same_index_rate'])} of these lie at the same index. Of newborns that carry the new data "
+        f"({number(f['newborn_new_F_D'])} in F via D, {number(f['newborn_new_F_M'])} in F via M) F via D has {_percent(f['coverage_F_D'])} of F via M's, "
+        f"F via M {_percent(f['coverage_F_M'])} of F via D's.</p>"
     )
     if f["births_saturated"] is False:
         said += (
-            f'<p class="warn"><strong>Births have not saturated.</strong> A path lacks more than {_percent(1 - spec.saturated)} of the newborns that the '
-            "other one has: features that only the finetuned model and the new data together need may not exist yet, and what does not exist is not found. "
-            "Raise finetune.tokens or finetune.lr until both shares exceed "
-            f"{_percent(spec.saturated)}; until then an empty list means nothing.</p>"
+            f'<p class="warn"><strong>Births have not saturated.</strong> A path lacks more than {_percent(1 - spec.saturated)} of what the other one found '
+            "in the new data: features that only the finetuned model and the new data together need may not exist yet, and what does not exist is not "
+            f"found. Raise finetune.tokens or finetune.lr until both shares exceed {_percent(spec.saturated)}; until then an empty list means nothing.</p>"
         )
     if f["births_saturated"] is None:
         said += "<p>Nothing was born that one path could share with another, so whether births have saturated cannot be told.</p>"
