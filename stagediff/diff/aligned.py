@@ -11,7 +11,8 @@ aligned           (1 - novelty) x contrast where that is positive, summed over t
 Newborn is a latent whose novelty is under `newborn_below`. The two paths are two catches from one population of needed latents: of the newborns of F via M
 that carry the new data, the share that F via D has too estimates how much of that population F via D has (Lincoln and Petersen's capture and
 recapture), and the other way round. Births have not saturated while that share, the coverage, is small. Newborns that do not carry the new data are left
-out of it: long finetunes make more and more of them, which are nobody's feature.
+out of it: long finetunes make more and more of them, which are nobody's feature. It is an optimistic estimate: what is hard to give birth to is missed
+on both paths alike.
 """
 
 import time

@@ -60,7 +60,8 @@ def _births(f: dict[str, Any], spec: AlignSpec) -> str:
         f"{number(f['newborn_F_M'])} in F via M, {number(f['newborn_F_direct'])} in the direct finetune. {number(f['newborn_pairs'])} newborns of the two "
         f"paths are matched with each other; {_percent(f['newborn_same_index_rate'])} of these lie at the same index. Of newborns that carry the new data "
         f"({number(f['newborn_new_F_D'])} in F via D, {number(f['newborn_new_F_M'])} in F via M) F via D has {_percent(f['coverage_F_D'])} of F via M's, "
-        f"F via M {_percent(f['coverage_F_M'])} of F via D's.</p>"
+        f"F via M {_percent(f['coverage_F_M'])} of F via D's: estimates of the share of needed latents that a path has, and high ones, since what is hard to "
+        "give birth to is missed on both.</p>"
     )
     if f["births_saturated"] is False:
         said += (
