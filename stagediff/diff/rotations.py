@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from stagediff.diff.cuts import Selection, random_sample, select
+from stagediff.diff.cuts import Selection, check_reach, random_sample, select
 from stagediff.diff.decoders import Decoder, aligned_blocks, cosines, nearest
 from stagediff.diff.enrichment import COLUMNS as ENRICHMENT_COLUMNS
 from stagediff.diff.enrichment import enrichment, headline
-from stagediff.diff.spec import STAGES, DiffSpec
+from stagediff.diff.procrustes import Turned, common_rotation
+from stagediff.diff.spec import PATHS, STAGES, DiffSpec
 from stagediff.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ COSINES = {
 """Column -> the two stages whose decoder rows it compares."""
 P1_CUT = 0.7
 ALIVE_IN = ("D", "F_D", "M", "F_M")
-PATHS = ("F_D", "F_M")
 
 
 def compute(spec: DiffSpec, job: "Job") -> dict[str, Any]:
@@ -48,6 +48,11 @@ def compute(spec: DiffSpec, job: "Job") -> dict[str, Any]:
             raise UserError(f"A diff needs the stages {', '.join(STAGES)}; missing: {', '.join(missing)}.")
     began = time.monotonic()
     decoders = {s: Decoder(job.artifact(spec.dictionaries[s])) for s in STAGES}
+    turned: dict[str, Any] = {}
+    if spec.take_out_rotation:
+        rotation = common_rotation(decoders, _alive_in_both(spec, job))
+        decoders |= {s: Turned(decoders[s], rotation) for s in ("S", "D")}
+        turned = rotation.figures()
     table = rotations(decoders)
     for stage in STAGES:
         statistics = job.artifact(spec.statistics[stage]).read_table("features.parquet", columns=["firings", "density", "decoder_norm"])
@@ -68,7 +73,7 @@ def compute(spec: DiffSpec, job: "Job") -> dict[str, Any]:
     examples = (a.read_table("examples.parquet", columns=["feature", "is_new"]) for a in measured)
     table["new_top"] = mean_where_defined([new_share_of_examples(e, len(table)) for e in examples])
     alive = table.alive.to_numpy()
-    cut = select(table.x.to_numpy(), table.y.to_numpy(), alive, spec.cut)
+    cut = select(table.x.to_numpy(), table.y.to_numpy(), alive, spec.cut, _null_table(spec, job))
     table["quadrant"], table["selected"] = cut.quadrant, cut.selected
     table["random"] = random_sample(alive, spec.random_sample, spec.seed)
     table = table[list(COLUMNS)]
@@ -80,7 +85,25 @@ def compute(spec: DiffSpec, job: "Job") -> dict[str, Any]:
     job.writer.write_table("enrichment.parquet", enriched, columns=ENRICHMENT_COLUMNS)
     job.writer.write_json("cut.json", {**spec.cut.model_dump(), "x": cut.x, "y": cut.y, "score": cut.score})
     job.notes["seconds"] = round(time.monotonic() - began, 2)
-    return {**_figures(table, cut), **_birth_figures(newborns), **headline(enriched)}
+    return {**_figures(table, cut), **_birth_figures(newborns), **headline(enriched), **turned}
+
+
+def _alive_in_both(spec: DiffSpec, job: "Job") -> np.ndarray:
+    """[F] alive in S and in M, which tell what the model turned alone."""
+    firings = [job.artifact(spec.statistics[s]).read_table("features.parquet", columns=["firings"]).firings.to_numpy() for s in ("S", "M")]
+    return np.minimum(*firings) >= spec.alive_firings
+
+
+def _null_table(spec: DiffSpec, job: "Job") -> pd.DataFrame | None:
+    """The retrain null's p and q, for the cut that needs them. Raises UserError where there is none or it cannot reach the cut's level."""
+    if spec.cut.kind != "fdr":
+        return None
+    if spec.null is None:
+        raise UserError("The cut fdr needs the retrain null, which this diff was not given. Set evidence.null_seeds to at least 1.")
+    null = job.artifact(spec.null)
+    f = null.manifest.figures
+    check_reach(min(f["null_values_x"], f["null_values_y"]), f["alive"], spec.cut.value)
+    return null.read_table("features.parquet", columns=["p_x", "p_y", "p", "q"])
 
 
 def rotations(decoders: dict[str, Decoder]) -> pd.DataFrame:

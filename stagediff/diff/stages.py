@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from stagediff.diff.config import StagewiseConfig
-from stagediff.diff.spec import STAGES, DiffSpec
+from stagediff.diff.cuts import check_reach
+from stagediff.diff.spec import ALIGNED_STAGES, PATHS, STAGES, AlignSpec, DiffSpec, NullSpec
 from stagediff.errors import UserError
 from stagediff.inputs.config import ModelConfig
 from stagediff.inputs.rows import Inputs, budget, corpus_source, interval
@@ -25,11 +26,11 @@ from stagediff.sae.spec import FinetuneSpec, QualitySpec, StatisticsSpec, TrainS
 from stagediff.spec import Ref
 from stagediff.store import Store
 
-__all__ = ["STAGE_DATA", "STAGE_MODEL", "add_stages", "plan"]
+__all__ = ["STAGE_DATA", "STAGE_MODEL", "STAGE_START", "add_stages", "plan"]
 
 STAGE_MODEL = {"S": "base", "D": "base", "M": "finetuned", "F_D": "finetuned", "F_M": "finetuned", "F_direct": "finetuned"}
 STAGE_DATA = {"S": "base", "D": "mix", "M": "base", "F_D": "mix", "F_M": "mix", "F_direct": "mix"}
-_START = {"D": "S", "M": "S", "F_D": "D", "F_M": "M", "F_direct": "S"}
+STAGE_START = {"D": "S", "M": "S", "F_D": "D", "F_M": "M", "F_direct": "S"}
 
 
 def plan(config: StagewiseConfig, store: Store) -> Plan:
@@ -96,12 +97,63 @@ class _Builder:
         self.heldout = self._mix("heldout-", heldout_base, heldout)
         dictionaries = self._dictionaries()
         statistics = {stage: self._measure(stage, dictionaries[stage]) for stage in STAGES}
-        self.plan.add(
-            "diff",
-            DiffSpec(
-                dictionaries=dictionaries, statistics=statistics, cut=cfg.diff.cut, random_sample=cfg.diff.random_sample, seed=cfg.seed
-            ),
+        null = self._null(dictionaries, statistics) if cfg.evidence.null_seeds else None
+        diff = DiffSpec(
+            dictionaries=dictionaries,
+            statistics=statistics,
+            cut=cfg.diff.cut,
+            random_sample=cfg.diff.random_sample,
+            seed=cfg.seed,
+            null=null if cfg.diff.cut.kind == "fdr" else None,
+            take_out_rotation=cfg.diff.take_out_rotation,
         )
+        self._align(self.plan.add("diff", diff), dictionaries, statistics, null)
+
+    def _null(self, dictionaries: dict[str, Ref], statistics: dict[str, Ref]) -> Ref:
+        """D and M trained on with nothing new, some times over, and the step that compares the real paths with that."""
+        cfg = self.config
+        repeats, cut = cfg.evidence.null_seeds, cfg.diff.cut
+        if cut.kind == "fdr" and not cfg.start:
+            check_reach(repeats * cfg.dictionary.features, cfg.dictionary.features, cut.value)
+        made: dict[str, list[Ref]] = {"D": [], "M": []}
+        measured: dict[str, list[Ref]] = {"D": [], "M": []}
+        for stage in made:
+            for repeat in range(repeats):
+                made[stage].append(self._finetune(f"retrain-{stage}-{repeat}", dictionaries[stage], stage, order=repeat))
+                measured[stage].append(self._statistics(f"retrain-{stage}-{repeat}", made[stage][-1], stage, top=1))
+        stages = ("S", "D", "M", *PATHS)
+        spec = NullSpec(
+            dictionaries={s: dictionaries[s] for s in stages},
+            statistics={s: statistics[s] for s in stages},
+            nulls={s: tuple(of) for s, of in made.items()},
+            null_statistics={s: tuple(of) for s, of in measured.items()},
+            take_out_rotation=cfg.diff.take_out_rotation,
+            candidates=cfg.diff.aligned.candidates,
+        )
+        return self.plan.add("retrain-null", spec)
+
+    def _align(self, diff: Ref, dictionaries: dict[str, Ref], statistics: dict[str, Ref], null: Ref | None) -> None:
+        """Scores without an index, and for the contrast what both F dictionaries do on the base model's rows."""
+        cfg = self.config.diff
+        base: dict[str, Ref] = {}
+        if cfg.aligned.contrast:
+            data = self._heldout_data("base")
+            for stage in PATHS:
+                spec = StatisticsSpec(dictionary=dictionaries[stage], data=data, top=1)
+                base[stage] = self.plan.add(f"statistics-{stage}-on-base", spec)
+        align = AlignSpec(
+            diff=diff,
+            dictionaries={s: dictionaries[s] for s in ALIGNED_STAGES},
+            statistics={s: statistics[s] for s in (*PATHS, "F_direct")},
+            base_statistics=base,
+            candidates=cfg.aligned.candidates,
+            newborn_below=cfg.aligned.newborn_below,
+            null=null,
+            take_out_rotation=cfg.take_out_rotation,
+            random_sample=cfg.random_sample,
+            seed=self.config.seed,
+        )
+        self.plan.add("align", align)
 
     # --- inputs -------------------------------------------------------------------------------------------------------------------------
 
@@ -221,27 +273,35 @@ class _Builder:
                 made["S"] = self.plan.add("train-S", TrainSpec(dictionary=cfg.dictionary, **training))
             else:
                 made["S"] = self.plan.add("settle-S", FinetuneSpec(start=self.settle, **training))
-        for stage, start in _START.items():
-            made[stage] = self.plan.add(
-                f"finetune-{stage}",
-                FinetuneSpec(
-                    start=made[start],
-                    data=self._data(STAGE_MODEL[stage], STAGE_DATA[stage]),
-                    budget=budget(cfg.finetune, times=2 if stage == "F_direct" else 1),
-                    order_seed=self.data_seed + 1,
-                    compute=cfg.finetune.compute,
-                    checkpoint_tokens=interval(cfg.finetune),
-                    seed=cfg.seed if cfg.finetune.seed is None else cfg.finetune.seed,
-                ),
-            )
+        for stage, start in STAGE_START.items():
+            made[stage] = self._finetune(f"finetune-{stage}", made[start], stage, times=2 if stage == "F_direct" else 1)
         return made
+
+    def _finetune(self, name: str, start: Ref, stage: str, *, times: int = 1, order: int = 0) -> Ref:
+        """`start` trained on with what `stage` reads. All finetunes share one order of rows, but for repeats of a null (`order`)."""
+        cfg = self.config
+        spec = FinetuneSpec(
+            start=start,
+            data=self._data(STAGE_MODEL[stage], STAGE_DATA[stage]),
+            budget=budget(cfg.finetune, times=times),
+            order_seed=self.data_seed + 1 + order,
+            compute=cfg.finetune.compute,
+            checkpoint_tokens=interval(cfg.finetune),
+            seed=cfg.seed if cfg.finetune.seed is None else cfg.finetune.seed,
+        )
+        return self.plan.add(name, spec)
+
+    def _heldout_data(self, model: str) -> ActivationData:
+        """A model's activations of the held-out mix."""
+        rows = self.heldout
+        base = self._harvest(f"harvest-{model}-heldout", model, rows.base, rows.rows, keep=True)
+        new = self._harvest(f"harvest-{model}-heldout-new", model, rows.new, rows.new_rows, keep=True)
+        return ActivationData(base=base, rows=rows.rows, mix=rows.mix, new=new)
 
     def _measure(self, stage: str, dictionary: Ref) -> Ref:
         """Statistics and quality of one stage on held-out rows."""
         model, rows = STAGE_MODEL[stage], self.heldout
-        base = self._harvest(f"harvest-{model}-heldout", model, rows.base, rows.rows, keep=True)
-        new = self._harvest(f"harvest-{model}-heldout-new", model, rows.new, rows.new_rows, keep=True)
-        data = ActivationData(base=base, rows=rows.rows, mix=rows.mix, new=new)
+        data = self._heldout_data(model)
         on_base = STAGE_DATA[stage] == "base"
         quality = data.model_copy(update={"mix": None, "new": None}) if on_base else data
         self.plan.add(
@@ -250,5 +310,10 @@ class _Builder:
                 dictionary=dictionary, model=self.models[model], data=quality, rows=min(self.config.statistics.quality_rows, rows.rows)
             ),
         )
-        spec = StatisticsSpec(dictionary=dictionary, data=data, base_rows_only=on_base, top=self.config.statistics.top)
-        return self.plan.add(f"statistics-{stage}", spec)
+        return self._statistics(stage, dictionary, stage, top=self.config.statistics.top)
+
+    def _statistics(self, name: str, dictionary: Ref, stage: str, *, top: int) -> Ref:
+        """What a dictionary does on a stage's held-out rows."""
+        data = self._heldout_data(STAGE_MODEL[stage])
+        spec = StatisticsSpec(dictionary=dictionary, data=data, base_rows_only=STAGE_DATA[stage] == "base", top=top)
+        return self.plan.add(f"statistics-{name}", spec)

@@ -158,6 +158,17 @@ def _key_figures(store: Store, nodes: Mapping[str, Ref], diff: Artifact) -> Tabl
         )
     if f.get("auroc_score") is not None:
         grid.add_row("AUROC", f"{f['auroc_score']:.3f} by x + y, {_three(f.get('auroc_direct'))} by the direct finetune")
+    if align := _complete(store, nodes, "align"):
+        a = align.manifest.figures
+        if a.get("average_precision_pair_novelty") is not None:
+            grid.add_row(
+                "aligned",
+                f"average precision {a['average_precision_pair_novelty']:.3f} by paired novelty, "
+                f"{_three(a.get('average_precision_published_x_y'))} by x + y on the same {number(a['pairs'])} pairs",
+            )
+        if a.get("births_saturated") is False:
+            said = f"births have not saturated (coverage {_percent(a['coverage_F_D'])} and {_percent(a['coverage_F_M'])}): finetune longer"
+            grid.add_row("warning", Text(said, style="yellow"))
     return grid
 
 

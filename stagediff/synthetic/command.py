@@ -1,4 +1,6 @@
-"""The command `stagediff planted`: scores SAE-Track on planted trajectories, rung by rung of the ladder of difficulty, seed by seed."""
+"""The command `stagediff planted`: scores the stage-wise diff (`stagediff.synthetic.diff_ladder`), or SAE-Track on planted trajectories, rung by rung of the
+ladder of difficulty, seed by seed.
+"""
 
 import json
 from collections.abc import Iterable
@@ -6,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stagediff.synthetic.diff_plan import DIFF_RUNGS
 from stagediff.synthetic.spec import RUNGS, world
 
 if TYPE_CHECKING:
@@ -67,29 +70,52 @@ def medians(table: "pd.DataFrame") -> "pd.DataFrame":
 
 
 def command(
-    track: Annotated[bool, typer.Option("--track", help="Planted trajectories along checkpoints, for SAE-Track.")] = False,
+    track: Annotated[
+        bool, typer.Option("--track", help="Planted trajectories along checkpoints, for SAE-Track, instead of a stage-wise diff.")
+    ] = False,
     seed: Annotated[list[int] | None, typer.Option(help="The world's seed; may be given several times. Default: 0.")] = None,
-    rung: Annotated[str, typer.Option(help=f"How hard: {', '.join(RUNGS)}, or all.")] = "middle",
-    architecture: Annotated[str, typer.Option(help="The dictionaries': batchtopk or relu.")] = "batchtopk",
+    rung: Annotated[
+        list[str] | None,
+        typer.Option(help=f"How hard: {', '.join(DIFF_RUNGS)}; with --track {', '.join(RUNGS)}; or all. Several times. Default: middle."),
+    ] = None,
+    architecture: Annotated[str, typer.Option(help="With --track: the dictionaries', batchtopk or relu.")] = "batchtopk",
     store: Annotated[str, typer.Option("--store", help="Folder or s3://bucket/prefix.")] = "runs/planted",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output on standard output.")] = False,
 ) -> None:
-    """Scores the method on planted truth: synthetic checkpoints whose features and their fates are known."""
-    from stagediff.errors import UserError
+    """Scores the method on planted truth: synthetic activations whose features, and what becomes of them, are known."""
     from stagediff.store import Store
+    from stagediff.synthetic.diff_ladder import diff_ladder, diff_medians, shown
+
+    rungs = _rungs(rung or ["middle"], RUNGS if track else DIFF_RUNGS)
+    if track:
+        _track(rungs, seed or [0], architecture, Store(store), device, as_json)
+        return
+    table = diff_ladder(rungs, seed or [0], Store(store), device=device)
+    middle = diff_medians(table)
+    if as_json:
+        print(json.dumps({"scores": _records(table), "medians": _records(middle)}))
+    else:
+        shown(table, middle)
+
+
+def _rungs(asked: Iterable[str], known: Iterable[str]) -> list[str]:
+    from stagediff.errors import UserError
+
+    known = tuple(known)
+    for rung in asked:
+        if rung not in (*known, "all"):
+            raise UserError(f"There is no rung {rung!r}; expected {', '.join(known)}, or all.")
+    return list(known) if "all" in asked else list(dict.fromkeys(asked))
+
+
+def _track(rungs: list[str], seeds: list[int], architecture: str, store: "Store", device: str, as_json: bool) -> None:
+    from stagediff.errors import UserError
     from stagediff.synthetic.chain import RECIPES
 
-    if not track:
-        raise UserError(
-            "Only trajectories for SAE-Track are planted so far: say `stagediff planted --track`. There is no planted diff yet."
-        )
-    if rung not in (*RUNGS, "all"):
-        raise UserError(f"There is no rung {rung!r}; expected {', '.join(RUNGS)}, or all.")
     if architecture not in RECIPES:
         raise UserError(f"There is no recipe for {architecture!r} dictionaries; expected {' or '.join(RECIPES)}.")
-    rungs = RUNGS if rung == "all" else (rung,)
-    table = ladder([(name, world(name, s)) for name in rungs for s in seed or (0,)], RECIPES[architecture], Store(store), device=device)
+    table = ladder([(name, world(name, s)) for name in rungs for s in seeds], RECIPES[architecture], store, device=device)
     middle = medians(table)
     if as_json:
         print(json.dumps({"architecture": architecture, "scores": _records(table), "medians": _records(middle)}))

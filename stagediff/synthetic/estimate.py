@@ -3,17 +3,18 @@
 from stagediff.estimate import Estimate
 from stagediff.lm.estimate import spec_of
 from stagediff.plan import Plan
+from stagediff.synthetic.diff_spec import PlantedDiffHarvestSpec, PlantedDiffTokensSpec
 from stagediff.synthetic.spec import PlantedHarvestSpec, PlantedTokensSpec, PlantedTrackSpec
 
 __all__ = ["harvest", "tokens", "track"]
 
 
-def tokens(spec: PlantedTokensSpec, plan: Plan) -> Estimate:
+def tokens(spec: PlantedTokensSpec | PlantedDiffTokensSpec, plan: Plan) -> Estimate:
     n = spec.rows * spec.context
     return Estimate(tokens=n, bytes=8 * n, seconds=0.2 + 2e-6 * n)
 
 
-def harvest(spec: PlantedHarvestSpec, plan: Plan) -> Estimate:
+def harvest(spec: PlantedHarvestSpec | PlantedDiffHarvestSpec, plan: Plan) -> Estimate:
     n = spec.rows * spec.world.context
     return Estimate(tokens=n, bytes=2 * n * spec.world.d, seconds=0.2 + 5e-6 * n)
 

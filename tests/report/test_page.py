@@ -16,6 +16,8 @@ from stagediff.report.spec import ReportSpec
 from stagediff.sections import ReportContext, Section
 from stagediff.store import Store
 
+FIGURES = ("scatter.svg", "scatter.png", "aligned.svg", "aligned.png")
+
 
 class Elements(HTMLParser):
     """All tags with their attributes, and the executable scripts' texts."""
@@ -45,7 +47,7 @@ def test_the_page_names_nothing_outside_itself(made):
     for tag, attributes in Elements(made.html).found:
         for name in ("src", "href", "action", "srcset", "poster", "data"):
             value = attributes.get(name) or ""
-            assert value.startswith(("#", "data:,")) or value in ("", "scatter.svg", "scatter.png"), (tag, name, value)
+            assert value.startswith(("#", "data:,")) or value in ("", *FIGURES), (tag, name, value)
     assert not re.search(r"@import|url\(", made.html)
 
 

@@ -91,7 +91,6 @@ def test_the_command_is_registered_and_prints_json_and_tables(cli):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--seed", "1"], "Only trajectories"),
         (["--track", "--rung", "steep"], "easy, middle, hard, or all"),
         (["--track", "--architecture", "gated"], "batchtopk or relu"),
     ],

@@ -4,6 +4,7 @@ the quality of every stage, the organism's behaviour, and the method's known lim
 import json
 from typing import cast
 
+import numpy as np
 import pandas as pd
 
 from stagediff.diff.section.choice import Choice, choose
@@ -40,7 +41,7 @@ def section(context: ReportContext) -> list[Section] | None:
             "All features",
             10,
             f"<style>{asset('scatter.css')}</style>{asset('scatter.html')}",
-            data=pack_features(features, spec.cut, bounds),
+            data=pack_features(features, spec.cut, bounds, _pair_novelty(context)),
             figures={
                 **scatter_files(features, spec.cut, bounds),
                 "top.json": json.dumps(top_features(features, _lookup(context, spec)), indent=1, allow_nan=False).encode(),
@@ -61,6 +62,13 @@ def section(context: ReportContext) -> list[Section] | None:
     if behaviour := behaviour_html(context):
         found.append(Section("behaviour", "The models' behaviour", 50, behaviour))
     return found
+
+
+def _pair_novelty(context: ReportContext) -> np.ndarray | None:
+    artifact = context.artifact("align")
+    if artifact is None:
+        return None
+    return artifact.read_table("features.parquet", columns=["pair_novelty"]).pair_novelty.to_numpy(float)
 
 
 def _top(context: ReportContext, spec: DiffSpec) -> int:

@@ -18,7 +18,7 @@ from stagediff.diff.section.choice import Choice
 from stagediff.packing import pack
 from stagediff.store import Artifact
 
-__all__ = ["Lookup", "pack_examples", "pack_histograms", "top_features"]
+__all__ = ["Lookup", "pack_examples", "pack_histograms", "snippets", "top_features"]
 
 Lookup = Callable[[list[int], int], pd.DataFrame]
 """(features, ranks) -> at most so many examples of each (feature, rank, row, position, is_new, tokens, activations, activation)."""
@@ -116,6 +116,16 @@ def top_features(features: pd.DataFrame, lookup: Lookup, count: int = 10, around
             }
         )
     return found
+
+
+def snippets(lookup: Lookup, features: list[int], around: int = 8) -> dict[int, str]:
+    """Feature -> the middle of its strongest example as plain text (not escaped); features that never fire are left out."""
+    found = lookup(features, 1) if features else pd.DataFrame()
+    texts = {}
+    for e in found.itertuples(index=False):
+        peak = int(np.argmax(e.activations))
+        texts[int(e.feature)] = " ".join("".join(e.tokens[max(0, peak - around) : peak + around]).split())
+    return texts
 
 
 def _shades(activations: np.ndarray, strongest: np.ndarray) -> np.ndarray:

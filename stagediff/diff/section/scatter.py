@@ -16,8 +16,11 @@ COSINES = ("x", "y", "cos_s_d", "cos_s_m", "cos_d_m", "cos_f_f", "cos_s_f_direct
 FLAGS = ("alive", "selected", "born")
 
 
-def pack_features(features: pd.DataFrame, cut: Cut, bounds: dict[str, Any]) -> dict[str, Any]:
-    """Columns of the diff's table in feature order, about 45 bytes per feature before base64; `bounds` is the diff's cut.json."""
+def pack_features(features: pd.DataFrame, cut: Cut, bounds: dict[str, Any], pair_novelty: np.ndarray | None = None) -> dict[str, Any]:
+    """Columns of the diff's table in feature order, about 45 bytes per feature before base64; `bounds` is the diff's cut.json.
+
+    `pair_novelty` [F], where the run has aligned scores: that of the pair which the feature's latent of F via D is in.
+    """
     data: dict[str, Any] = {name: pack_linear(features[name].to_numpy(), -1.0, 1.0) for name in COSINES if name in features}
     for stage in STAGES:
         data[f"norm_{stage}"] = pack_log(features[f"norm_{stage}"].to_numpy())
@@ -25,6 +28,8 @@ def pack_features(features: pd.DataFrame, cut: Cut, bounds: dict[str, Any]) -> d
     for name in ("new_mass", "new_top"):
         if name in features:
             data[name] = pack_linear(features[name].to_numpy(), 0.0, 1.0)
+    if pair_novelty is not None:
+        data["pair_novelty"] = pack_linear(pair_novelty, -2.0, 2.0)
     flags = np.zeros(len(features), dtype=np.uint8)
     for bit, name in enumerate(FLAGS):
         flags |= features[name].to_numpy(bool).astype(np.uint8) << bit

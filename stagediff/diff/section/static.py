@@ -1,6 +1,7 @@
 """The scatter as a still picture, SVG and PNG, for papers and the README. The same table gives the same bytes."""
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import matplotlib
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 
 from stagediff.diff.spec import Cut
 
-__all__ = ["scatter_files"]
+__all__ = ["INK", "RASTER_FROM", "plain_axes", "rendered", "scatter_files"]
 
 RASTER_FROM = 5000
 """Points from which the SVG holds them as one picture: an SVG with 262,144 circles opens nowhere."""
@@ -20,6 +21,11 @@ INK, SOFT, LINE = "#1c2128", "#5b6472", "#d5d8d6"
 
 def scatter_files(features: pd.DataFrame, cut: Cut, bounds: dict[str, Any]) -> dict[str, bytes]:
     """`scatter.svg` and `scatter.png` (1,440 x 1,300 pixels) of x against y for all features; dead ones in grey, selected ones on top."""
+    return rendered(lambda: _figure(features, cut, bounds), "scatter")
+
+
+def rendered(draw: Callable[[], Figure], name: str) -> dict[str, bytes]:
+    """`<name>.svg` and `<name>.png` of what `draw` draws, without dates and with texts as text."""
     settings: Any = {
         "svg.hashsalt": "stagediff",
         "svg.fonttype": "none",
@@ -28,11 +34,11 @@ def scatter_files(features: pd.DataFrame, cut: Cut, bounds: dict[str, Any]) -> d
         "font.size": 9,
     }
     with matplotlib.rc_context(settings):
-        figure = _figure(features, cut, bounds)
+        figure = draw()
         svg, png = io.BytesIO(), io.BytesIO()
         figure.savefig(svg, format="svg", dpi=200, metadata={"Date": None, "Creator": None})
         figure.savefig(png, format="png", dpi=200, metadata={"Software": None})
-    return {"scatter.svg": svg.getvalue(), "scatter.png": png.getvalue()}
+    return {f"{name}.svg": svg.getvalue(), f"{name}.png": png.getvalue()}
 
 
 def _figure(features: pd.DataFrame, cut: Cut, bounds: dict[str, Any]) -> Figure:
@@ -47,6 +53,13 @@ def _figure(features: pd.DataFrame, cut: Cut, bounds: dict[str, Any]) -> Figure:
     _cut(axes, cut, bounds)
     axes.set_xlabel("x = cos(D, F via D): what adding the model did after the data", color=INK)
     axes.set_ylabel("y = cos(M, F via M): what adding the data did after the model", color=INK)
+    plain_axes(axes)
+    axes.legend(loc="upper left", frameon=False, fontsize=8, markerscale=max(1.0, (8 / size) ** 0.5), labelcolor=INK)
+    return figure
+
+
+def plain_axes(axes: Any) -> None:
+    """Two spines, a faint grid, quiet ticks."""
     axes.tick_params(colors=SOFT, labelsize=8)
     axes.grid(color="#eceeec", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -54,8 +67,6 @@ def _figure(features: pd.DataFrame, cut: Cut, bounds: dict[str, Any]) -> Figure:
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(LINE)
-    axes.legend(loc="upper left", frameon=False, fontsize=8, markerscale=max(1.0, (8 / size) ** 0.5), labelcolor=INK)
-    return figure
 
 
 def _points(axes: Any, part: pd.DataFrame, colour: str, size: float, label: str, total: int) -> None:

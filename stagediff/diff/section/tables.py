@@ -1,6 +1,7 @@
 """The static tables: enrichment, quality of every stage, what the models do."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -9,7 +10,7 @@ from stagediff.diff.spec import STAGES, DiffSpec
 from stagediff.markup import number, table
 from stagediff.sections import ReportContext
 
-__all__ = ["STAGE_NAMES", "behaviour_html", "enrichment_html", "quality_html"]
+__all__ = ["STAGE_NAMES", "behaviour_html", "enrichment_html", "quality_html", "score_table"]
 
 STAGE_NAMES = {"S": "S", "D": "D", "M": "M", "F_D": "F via D", "F_M": "F via M", "F_direct": "F direct"}
 STAGE_STORY = {
@@ -32,6 +33,20 @@ MEASURE_NAMES = {
 
 def enrichment_html(rows: pd.DataFrame) -> str:
     """The diff's enrichment table, one row per score."""
+    first = rows.iloc[0]
+    return (
+        "<p>A feature <em>carries the new data</em> when at least half of its top examples on held-out rows are rows of the new data, "
+        "averaged over both F dictionaries. The table tells how many of each score's lowest features do, and how many of a random sample of alive ones. "
+        "This needs to know which rows are new, the score does not: it is a check of the score, not part of it.</p>"
+        + score_table(rows, MEASURE_NAMES)
+        + f'<p class="small muted">{int(first.flagged):,} of {int(first.alive):,} alive features carry the new data, '
+        f"which is the average precision of a random order: {_share(first.flagged / max(first.alive, 1))}. AUROC 0.5 is chance. "
+        "The direct finetune has the whole path's budget and is the rival that the double path must beat.</p>"
+    )
+
+
+def score_table(rows: pd.DataFrame, names: Mapping[str, str]) -> str:
+    """Rows of an enrichment table as HTML; `names` are the measures' names for a reader."""
 
     def share(hits: Any, size: Any) -> str:
         return f"{int(hits):,} of {int(size):,} ({100 * hits / size:.1f} %)" if size else "–"
@@ -43,7 +58,7 @@ def enrichment_html(rows: pd.DataFrame) -> str:
 
     body = [
         [
-            MEASURE_NAMES.get(r.measure, r.measure),
+            names.get(r.measure, r.measure),
             share(r.region_flagged, r.region),
             share(r.random_flagged, r.random),
             ratio(r),
@@ -54,16 +69,7 @@ def enrichment_html(rows: pd.DataFrame) -> str:
         for r in rows.itertuples(index=False)
     ]
     head = ("Score", "Lowest 1 % (at least 10)", "Random", "Ratio", "Fisher's p", "AUROC", "Average precision")
-    first = rows.iloc[0]
-    return (
-        "<p>A feature <em>carries the new data</em> when at least half of its top examples on held-out rows are rows of the new data, "
-        "averaged over both F dictionaries. The table tells how many of each score's lowest features do, and how many of a random sample of alive ones. "
-        "This needs to know which rows are new, the score does not: it is a check of the score, not part of it.</p>"
-        + table(head, body)
-        + f'<p class="small muted">{int(first.flagged):,} of {int(first.alive):,} alive features carry the new data, '
-        f"which is the average precision of a random order: {_share(first.flagged / max(first.alive, 1))}. AUROC 0.5 is chance. "
-        "The direct finetune has the whole path's budget and is the rival that the double path must beat.</p>"
-    )
+    return table(head, body)
 
 
 def quality_html(context: ReportContext, features: pd.DataFrame, spec: DiffSpec, figures: dict[str, Any]) -> str:

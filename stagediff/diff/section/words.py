@@ -92,6 +92,8 @@ def _cut(config: dict[str, Any], figures: dict[str, Any]) -> str:
     cut = config.get("diff", {}).get("cut", {})
     if cut.get("kind") == "absolute":
         return f"x and y both below {number(float(cut['value']))}"
+    if cut.get("kind") == "fdr":
+        return f"moved more than by retraining alone on both axes, at a false discovery rate of {number(float(cut['value']))}"
     return f"the lowest {_percent(cut.get('value', 0.1))} by x + y, up to {_share(figures.get('cut_score'))}"
 
 

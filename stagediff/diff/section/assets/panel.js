@@ -66,6 +66,7 @@
   }
   function show(i) {
     const facts = [["x + y", fixed(F.score(i))]];
+    if (F.col.pair_novelty) facts.push(["paired novelty", fixed(F.col.pair_novelty[i])]);
     if (F.col.new_top) facts.push(["new rows in top", fixed(F.col.new_top[i], 2)]);
     if (F.col.new_mass) facts.push(["mass on new rows", fixed(F.col.new_mass[i], 2)]);
     const body = panel.querySelector(".body");
@@ -94,7 +95,7 @@
   const numeric = (name, title, hint, places) => ({ name, title, hint, numeric: true, value: measures[name], cell: (i) => (places ? fixed(measures[name](i), places) : number(measures[name](i), 2)) });
   const grid = S.grid({
     mount, label: "Features", sort: "score", open: (i) => { F.open(i, "table"); document.getElementById("scatter").scrollIntoView(); },
-    columns: [{ name: "feature", title: "Feature", hint: "index in every dictionary", value: (i) => i, cell: (i) => String(i) }, numeric("x", "x", "cos(D, F via D)", 3), numeric("y", "y", "cos(M, F via M)", 3), numeric("score", "x + y", "low is suspicious", 3), numeric("density", "Density", "firings per token in F via D"),
+    columns: [{ name: "feature", title: "Feature", hint: "index in every dictionary", value: (i) => i, cell: (i) => String(i) }, numeric("x", "x", "cos(D, F via D)", 3), numeric("y", "y", "cos(M, F via M)", 3), numeric("score", "x + y", "low is suspicious", 3), measures.pair_novelty && numeric("pair_novelty", "Paired novelty", "of its latent in F via D and the one matched in F via M; low is suspicious", 3), numeric("density", "Density", "firings per token in F via D"),
       measures.new_mass && numeric("new_mass", "New mass", "share of its activation mass on new rows", 2), measures.new_top && numeric("new_top", "New top", "share of new rows among its top examples", 2), { name: "example", title: "Strongest example", hint: "the activating tokens are shaded", cell: snippet }].filter(Boolean),
   });
   let texts = null;

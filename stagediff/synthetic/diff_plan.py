@@ -1,0 +1,207 @@
+"""The plan that scores the stage-wise diff on a planted world, and the ladder of worlds: rows, activations of the four cells, every stage, diff, aligned
+scores, the score. Everything from training on is what a run on real models does.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+
+from stagediff.diff.spec import ALIGNED_STAGES, PATHS, STAGES, AlignSpec, DiffSpec, NullSpec
+from stagediff.diff.stages import STAGE_DATA, STAGE_MODEL, STAGE_START
+from stagediff.lm.spec import ActivationData, CorpusSource, HookPoint, MixSpec, ModelSource, TokenizerSource
+from stagediff.plan import Plan
+from stagediff.sae.spec import Budget, DictionaryConfig, FinetuneSpec, StatisticsSpec, TrainSpec
+from stagediff.spec import Ref, Value
+from stagediff.synthetic.diff_spec import DiffWorld, PlantedDiffHarvestSpec, PlantedDiffSpec, PlantedDiffTokensSpec
+from stagediff.synthetic.diff_world import BLOCK_ROWS
+from stagediff.synthetic.spec import PlantedTokenizerSpec
+
+__all__ = ["DIFF_RUNGS", "DiffRecipe", "diff_plan", "diff_world"]
+
+HOOK = HookPoint(layer=0, site="resid_post")
+"""The name of a space; no model is behind it."""
+SHARD_ROWS = 16 * BLOCK_ROWS
+Data = Literal["base", "new"]
+Split = Literal["train", "heldout"]
+
+
+class DiffRecipe(Value):
+    """How the dictionaries are trained."""
+
+    dictionary: DictionaryConfig = DictionaryConfig(features=1024, l1=3.0)
+    train: Budget = Budget(tokens=6_144_000, batch=2048, lr=1e-3)
+    finetune: Budget = Budget(tokens=3_276_800, batch=2048, lr=3e-3)
+    """Of D, M, both F and the nulls; the direct finetune has twice of it."""
+    rows: int = Field(64_000, ge=1)
+    """Training rows, read as often as the budgets ask for."""
+    heldout_rows: int = Field(8192, ge=1)
+    alive_firings: int = 10
+    null_repeats: int = Field(1, ge=1)
+    """Of the retrain null; the first is the no-change control too."""
+
+
+_SMALL = DiffRecipe(dictionary=DictionaryConfig(features=512, l1=3.0), train=Budget(tokens=3_072_000, batch=2048, lr=1e-3), rows=32_000)
+_SMALL_WORLD: dict[str, float] = {
+    "d": 64,
+    "l0": 4.0,
+    "unchanged": 202,
+    "model_only": 20,
+    "data_only": 12,
+    "appears": 8,
+    "differs": 8,
+    "turns": 8,
+}
+_SAME_MODELS: dict[str, float] = {**_SMALL_WORLD, "appears": 0, "angle": 0.0, "model_angle": 0.0, "jitter": 0.0}
+_LARGE_WORLD: dict[str, float] = {
+    "d": 768,
+    "unchanged": 5000,
+    "model_only": 240,
+    "data_only": 144,
+    "appears": 96,
+    "differs": 96,
+    "turns": 96,
+}
+_LARGE = DiffRecipe(
+    dictionary=DictionaryConfig(features=16_384, l1=3.0),
+    train=Budget(tokens=49_152_000, batch=4096, lr=4e-4),
+    finetune=Budget(tokens=13_107_200, batch=4096, lr=1e-3),
+    rows=512_000,
+    heldout_rows=16_384,
+)
+_LONG = DiffRecipe(finetune=Budget(tokens=9_830_400, batch=2048, lr=1e-3))
+
+DIFF_RUNGS: dict[str, tuple[dict[str, float], DiffRecipe]] = {
+    "small": (_SMALL_WORLD, _SMALL),
+    "middle": ({}, DiffRecipe()),
+    "long": ({}, _LONG),
+    "close": ({"angle": 40.0}, DiffRecipe()),
+    "turned": ({"model_angle": 90.0}, DiffRecipe()),
+    "rotated": ({"common_rotation": 20.0}, DiffRecipe()),
+    "crowded": ({"unchanged": 804, "model_only": 80, "l0": 12.0}, DiffRecipe()),
+    "rare": ({"new_share": 0.01}, _LONG),
+    "large": (_LARGE_WORLD, _LARGE),
+    "identical": (_SAME_MODELS, _SMALL),
+}
+"""Rung -> what its world changes of DiffWorld's defaults, and its recipe: few dimensions; the usual world; the same with a longer and slower finetune;
+directions nearer to each other; model-only features that turn wholly; a common rotation; twice the features; one new row in a hundred; d 768. The last
+is a control: both models are one, so that nothing may be called (q), whatever the scores say.
+"""
+
+
+def diff_world(rung: str, seed: int) -> DiffWorld:
+    """The world of a rung of the ladder."""
+    return DiffWorld.model_validate({"seed": seed, **DIFF_RUNGS[rung][0]})
+
+
+def diff_plan(world: DiffWorld, recipe: DiffRecipe) -> Plan:
+    """All steps for one world; the last one is "score"."""
+    return _Builder(world, recipe).build()
+
+
+class _Builder:
+    def __init__(self, world: DiffWorld, recipe: DiffRecipe):
+        self.world, self.recipe = world, recipe
+        self.plan = Plan(f"planted-diff-{world.seed}")
+        self.tokenizer = TokenizerSource(artifact=self.plan.add("tokenizer", PlantedTokenizerSpec(vocab=world.topics)))
+
+    def build(self) -> Plan:
+        dictionaries, nulls = self._dictionaries()
+        statistics = {s: self._statistics(s, dictionaries[s], STAGE_MODEL[s], STAGE_DATA[s] == "base") for s in STAGES}
+        diff = self.plan.add(
+            "diff", DiffSpec(dictionaries={s: dictionaries[s] for s in STAGES}, statistics=statistics, seed=self.world.seed)
+        )
+        null = self._null(dictionaries, statistics, nulls)
+        align = AlignSpec(
+            diff=diff,
+            dictionaries={s: dictionaries[s] for s in ALIGNED_STAGES},
+            statistics={s: statistics[s] for s in (*PATHS, "F_direct")},
+            base_statistics={s: self._statistics(f"{s}-on-base", dictionaries[s], "base", False) for s in PATHS},
+            null=null,
+            alive_firings=self.recipe.alive_firings,
+            seed=self.world.seed,
+        )
+        aligned = self.plan.add("align", align)
+        first = {f"{s}_null": of[0] for s, of in nulls.items()}
+        self.plan.add("score", PlantedDiffSpec(world=self.world, diff=diff, align=aligned, null=null, dictionaries=dictionaries | first))
+        return self.plan
+
+    def _null(self, dictionaries: dict[str, Ref], statistics: dict[str, Ref], nulls: dict[str, tuple[Ref, ...]]) -> Ref:
+        """The step that compares the real paths with the retrained dictionaries."""
+        stages = ("S", "D", "M", *PATHS)
+        measured = {
+            s: tuple(self._statistics(f"null-{s}-{k}", ref, STAGE_MODEL[s], STAGE_DATA[s] == "base") for k, ref in enumerate(of))
+            for s, of in nulls.items()
+        }
+        spec = NullSpec(
+            dictionaries={s: dictionaries[s] for s in stages},
+            statistics={s: statistics[s] for s in stages},
+            nulls=nulls,
+            null_statistics=measured,
+            alive_firings=self.recipe.alive_firings,
+        )
+        return self.plan.add("retrain-null", spec)
+
+    def _dictionaries(self) -> tuple[dict[str, Ref], dict[str, tuple[Ref, ...]]]:
+        """Every stage's dictionary, and D and M trained on with nothing new."""
+        recipe, seed = self.recipe, self.world.seed
+        data = {(model, kind): self._data(model, kind, "train") for model in ("base", "finetuned") for kind in ("base", "mix")}
+        made = {
+            "S": self.plan.add(
+                "train-S",
+                TrainSpec(data=data["base", "base"], budget=recipe.train, order_seed=seed, seed=seed, dictionary=recipe.dictionary),
+            )
+        }
+
+        def finetune(name: str, start: str, stage: str, times: int = 1, order: int = 0) -> Ref:
+            budget = recipe.finetune.model_copy(update={"tokens": times * recipe.finetune.tokens})
+            reads = data[STAGE_MODEL[stage], STAGE_DATA[stage]]
+            return self.plan.add(name, FinetuneSpec(start=made[start], data=reads, budget=budget, order_seed=seed + 1 + order, seed=seed))
+
+        for stage, start in STAGE_START.items():
+            made[stage] = finetune(f"finetune-{stage}", start, stage, times=2 if stage == "F_direct" else 1)
+        repeats = range(recipe.null_repeats)
+        return made, {s: tuple(finetune(f"null-{s}-{k}", s, s, order=k) for k in repeats) for s in ("D", "M")}
+
+    def _statistics(self, name: str, dictionary: Ref, model: str, base_rows_only: bool) -> Ref:
+        data = self._data(model, "mix", "heldout")
+        return self.plan.add(f"statistics-{name}", StatisticsSpec(dictionary=dictionary, data=data, base_rows_only=base_rows_only))
+
+    def _data(self, model: str, kind: str, split: Split) -> ActivationData:
+        n = self.recipe.rows if split == "train" else self.recipe.heldout_rows
+        new_rows = round(n * self.world.new_share)
+        base = self._tokens("base", split, n)
+        activations = self._harvest(model, "base", split, base, n)
+        if kind == "base":
+            return ActivationData(base=activations, rows=n)
+        new = self._tokens("new", split, new_rows)
+        mix = self.plan.add(f"mix-{split}", MixSpec(base=base, new=new, rows=n, share=self.world.new_share, seed=self.world.seed))
+        return ActivationData(base=activations, rows=n, mix=mix, new=self._harvest(model, "new", split, new, new_rows))
+
+    def _tokens(self, data: Data, split: Split, n: int) -> Ref:
+        spec = PlantedDiffTokensSpec(
+            corpus=CorpusSource(digest="planted"),
+            tokenizer=self.tokenizer,
+            context=self.world.context,
+            rows=n,
+            split=split,
+            is_new=data == "new",
+            world=self.world,
+            seed=self.world.seed,
+        )
+        return self.plan.add(f"tokens-{split}-{data}", spec)
+
+    def _harvest(self, model: str, data: Data, split: Split, tokens: Ref, n: int) -> Ref:
+        spec = PlantedDiffHarvestSpec.model_validate(
+            {
+                "model": ModelSource(digest=f"planted-{model}"),
+                "tokens": tokens,
+                "rows": n,
+                "hook": HOOK,
+                "skip_positions": (),
+                "batch_rows": BLOCK_ROWS,
+                "shard_rows": SHARD_ROWS,
+                "world": self.world,
+                "side": model,
+            }
+        )
+        return self.plan.add(f"harvest-{model}-{data}-{split}", spec)
