@@ -449,7 +449,7 @@ def others(kernels: Kernels, device: torch.device, d: int, F: int, k: int, n: in
 def dense_step(d: int, F: int, k: int, device: torch.device) -> Callable[[Tensor], None]:
     """TopK as it is without sparse kernels: torch.topk, five dense products in bf16, torch's fused Adam."""
     W_dec = torch.nn.functional.normalize(torch.randn(F, d, device=device), dim=1)
-    p = {"W_enc": W_dec.t().clone(), "b_enc": torch.zeros(F, device=device), "W_dec": W_dec, "b_dec": torch.zeros(d, device=device)}
+    p = {"W_enc": W_dec.t().contiguous(), "b_enc": torch.zeros(F, device=device), "W_dec": W_dec, "b_dec": torch.zeros(d, device=device)}
     adam = torch.optim.Adam(list(p.values()), lr=1e-4, betas=BETAS, fused=True)
 
     def step(x: Tensor) -> None:
@@ -477,16 +477,22 @@ def profile(kernels: Kernels, device: torch.device, d: int, F: int, k: int, n: i
     """Which kernels a step consists of, with their mean time."""
     if device.type != "cuda":
         return
-    e, x = engine(d, F, k, torch.bfloat16, kernels, device), Planted(d, F // 2, k, device).batch(n)
-    for _ in range(3):
-        e.update(e.gradient(x, 0.0, None), 1e-4, 0.0, {})
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
-        for _ in range(5):
-            e.update(e.gradient(x, 0.0, None), 1e-4, 0.0, {})
-        torch.cuda.synchronize(device)
-    events = sorted(trace.key_averages(), key=lambda event: -event.device_time_total)
-    for event in events[:24]:
-        yield {"kernel": event.key[:90], "us_per_step": round(event.device_time_total / 5, 1), "calls_per_step": event.count / 5}
+    x, dead = Planted(d, F // 2, k, device).batch(n), torch.arange(0, F, 5, device=device)
+    for name, architecture, auxk in (("topk", "topk", 0), ("batchtopk", "batchtopk", 0), ("AuxK, a fifth dead", "topk", d // 2)):
+        e = engine(d, F, k, torch.bfloat16, kernels, device, architecture, auxk)
+
+        def step(e: Engine = e, auxk: int = auxk) -> None:
+            e.update(e.gradient(x, 0.0, dead if auxk else None), 1e-4, 0.0, {})
+
+        for _ in range(3):
+            step()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+            for _ in range(5):
+                step()
+            torch.cuda.synchronize(device)
+        events = sorted(trace.key_averages(), key=lambda event: -event.device_time_total)
+        for event in events[:24]:
+            yield {"of": name, "kernel": event.key[:90], "us_per_step": round(event.device_time_total / 5, 1), "calls_per_step": event.count / 5}
 
 
 if __name__ == "__main__":

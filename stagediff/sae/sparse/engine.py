@@ -78,9 +78,9 @@ def gradient(weights: Weights, config: "DictionaryConfig", kernels: Kernels, x: 
     unit = config.decoder_norm == "unit"
     sorted_pairs = kernels.by_feature(pairs, weights.features)
     found = kernels.gradients(weights, pairs, sorted_pairs, decoded, inner, extra, unit)
-    b_dec = decoded.error.sum(0) * (2 / n)
+    b_dec = decoded.total * (2 / n)
     if config.subtract_b_dec:
-        b_dec -= found.b_enc @ rows["W_enc"]
+        b_dec -= found.inner
     gradients = {"W_enc": found.W_enc.t(), "b_enc": found.b_enc, "W_dec": found.W_dec, "b_dec": b_dec}
     squares = found.squares.sum() + b_dec.square().sum()
     return Gradient(loss, squared, torch.zeros_like(squared), pairs, sorted_pairs.fired, gradients, smallest, squares)

@@ -47,7 +47,7 @@ def decode(weights: Weights, pairs: Pairs, x: Tensor) -> Decoded:
         AT_ONCE=at_once,
         num_warps=_warps(d_block),
     )
-    return Decoded(error, scaled, squares, g)
+    return Decoded(error, scaled, squares, error.sum(0), g)
 
 
 def gradients(
@@ -69,14 +69,14 @@ def gradients(
     if extra is not None:
         slot[extra.features] = torch.arange(len(extra.features), dtype=torch.int32, device=W_dec.device)
     more = (extra.W_enc, extra.W_dec, extra.b_enc) if extra is not None else (W_dec, W_dec, W_dec)
-    found = Rows(torch.empty_like(W_dec), torch.empty_like(W_dec), W_dec.new_empty(F), W_dec.new_empty(F))
+    out = (torch.empty_like(W_dec), torch.empty_like(W_dec), W_dec.new_empty(F), W_dec.new_empty(F))
     read = (sorted_pairs.order, pairs.token, pairs.value, decoded.g, decoded.scaled, inner, sorted_pairs.start, part_start)
     sizes = {"D_BLOCK": d_block, "AT_ONCE": at_once, "MOST": MOST, "num_warps": _warps(d_block)}
     _part[(most_parts,)](*read, owner, scratch[0], scratch[1], scratch_b, F, d, **sizes)
     _row[(F,)](
-        *read, scratch[0], scratch[1], scratch_b, slot, *more, W_dec, *found, d, UNIT=unit, HAS_MORE=extra is not None, **sizes
+        *read, scratch[0], scratch[1], scratch_b, slot, *more, W_dec, *out, d, UNIT=unit, HAS_MORE=extra is not None, **sizes
     )
-    return found
+    return Rows(*out, out[2] @ weights.rows["W_enc"])
 
 
 def _blocks(d: int) -> tuple[int, int]:

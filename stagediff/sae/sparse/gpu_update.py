@@ -23,8 +23,9 @@ def update(weights: Weights, gradients: dict[str, Tensor], factor: Tensor | None
     numbers = (
         settings.lr / (1 - beta1**step),
         1 / math.sqrt(1 - beta2**step),
-        beta1,
+        1 - beta1,
         beta2,
+        1 - beta2,
         settings.eps,
         settings.pull,
     )
@@ -52,13 +53,13 @@ def update(weights: Weights, gradients: dict[str, Tensor], factor: Tensor | None
 
 
 @triton.jit
-def _adam(w, grad, first, second, home, at, inside, factor, rate, correction, beta1, beta2, eps, pull, HOME: tl.constexpr):
+def _adam(w, grad, first, second, home, at, inside, factor, rate, correction, part1, beta2, part2, eps, pull, HOME: tl.constexpr):
     """The values `at`, after the step; the moments are stored."""
     gradient = tl.load(grad + at, mask=inside, other=0.0) * factor
     m = tl.load(first + at, mask=inside, other=0.0)
     v = tl.load(second + at, mask=inside, other=0.0)
-    m += (1 - beta1) * (gradient - m)
-    v = beta2 * v + (1 - beta2) * gradient * gradient
+    m += part1 * (gradient - m)
+    v = beta2 * v + part2 * gradient * gradient
     tl.store(first + at, m, mask=inside)
     tl.store(second + at, v, mask=inside)
     values = tl.load(w + at, mask=inside, other=0.0) - rate * m / (tl.sqrt(v) * correction + eps)
@@ -78,8 +79,9 @@ def _rows(
     factor,
     rate,
     correction,
-    beta1,
+    part1,
     beta2,
+    part2,
     eps,
     pull,
     d,
@@ -91,7 +93,7 @@ def _rows(
     column = tl.arange(0, BLOCK)
     inside = column < d
     at = tl.program_id(0).to(tl.int64) * d + column
-    values = _adam(w, grad, first, second, home, at, inside, tl.load(factor), rate, correction, beta1, beta2, eps, pull, HOME)
+    values = _adam(w, grad, first, second, home, at, inside, tl.load(factor), rate, correction, part1, beta2, part2, eps, pull, HOME)
     if UNIT:
         values /= tl.maximum(tl.sqrt(tl.sum(tl.where(inside, values * values, 0.0))), 1e-12)
     tl.store(w + at, values, mask=inside)
@@ -109,8 +111,9 @@ def _vector(
     factor,
     rate,
     correction,
-    beta1,
+    part1,
     beta2,
+    part2,
     eps,
     pull,
     n,
@@ -118,5 +121,5 @@ def _vector(
     BLOCK: tl.constexpr,
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    values = _adam(w, grad, first, second, home, at, at < n, tl.load(factor), rate, correction, beta1, beta2, eps, pull, HOME)
+    values = _adam(w, grad, first, second, home, at, at < n, tl.load(factor), rate, correction, part1, beta2, part2, eps, pull, HOME)
     tl.store(w + at, values, mask=at < n)

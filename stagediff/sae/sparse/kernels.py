@@ -28,6 +28,8 @@ class Decoded(NamedTuple):
     """[B, d] 2/B times that, in the type in which weight gradients read it."""
     squares: Tensor
     """[B] squared norms of the error."""
+    total: Tensor
+    """[d] sum of the error over all tokens."""
     g: Tensor
     """[P] gradient of the loss in each slot's activation; 0 where it is empty."""
 
@@ -46,7 +48,7 @@ class Extra(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Gradients by feature row, master type."""
+    """Gradients by feature row, master type; valid until the next ones are taken."""
 
     W_enc: Tensor
     """[F, d]"""
@@ -56,6 +58,8 @@ class Rows(NamedTuple):
     """[F]"""
     squares: Tensor
     """Some numbers whose sum is the sum of the squares of all of these."""
+    inner: Tensor
+    """[d] gradient of what the encoder saw, summed over tokens: b_enc @ W_enc."""
 
 
 class Update(NamedTuple):

@@ -53,7 +53,7 @@ class Reference:
         error = x_hat.detach() + b_dec - x
         scaled = error * (2 / len(x))
         (g,) = torch.autograd.grad(x_hat, value, scaled)
-        return Decoded(error, scaled, error.square().sum(1), g * (pairs.value > 0))
+        return Decoded(error, scaled, error.square().sum(1), error.sum(0), g * (pairs.value > 0))
 
     def by_feature(self, pairs: Pairs, features: int) -> ByFeature:
         feature, order = torch.sort(pairs.feature, stable=True)
@@ -77,7 +77,7 @@ class Reference:
             rows = weights.rows["W_dec"]
             W_dec -= (W_dec * rows).sum(1, keepdim=True) * rows
         squares = torch.stack([t.square().sum() for t in (W_enc, W_dec, b_enc)])
-        return Rows(W_enc, W_dec, b_enc, squares)
+        return Rows(W_enc, W_dec, b_enc, squares, b_enc @ weights.rows["W_enc"])
 
     def update(self, weights: Weights, gradients: dict[str, Tensor], factor: Tensor | None, update: Update) -> None:
         if factor is not None:
