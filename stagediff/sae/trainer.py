@@ -114,7 +114,7 @@ class Trainer:
 
     def optimiser_state(self) -> dict[str, Tensor]:
         """Adam's moments and step counts, for another training to `carry` on."""
-        return self._engine.state()
+        return {name: value.contiguous() for name, value in self._engine.state().items()}
 
     def carry(self, optimiser: dict[str, Tensor]) -> None:
         """Begins with another training's optimiser state."""

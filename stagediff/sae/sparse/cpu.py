@@ -34,23 +34,22 @@ class NumbaKernels:
     def largest(self, pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
         n, F = pre.shape
         feature, value = torch.empty(n, k, dtype=torch.int32), torch.empty(n, k)
-        size = cpu_select.group_size(F, k)
-        self._spread(cpu_select.largest, n, 16, _patterns(pre), k, size, -(-F // size), feature.numpy(), value.numpy())
+        size, groups = cpu_select.grouped(F, k)
+        self._spread(cpu_select.largest, n, 16, _patterns(pre), k, size, groups, feature.numpy(), value.numpy())
         return feature, value
 
     def largest_of_all(self, pre: Tensor, count: int) -> tuple[Pairs, Tensor]:
         n, F = pre.shape
         patterns = _patterns(pre)
-        size = cpu_select.group_size(F, -(-count // n))
-        groups = -(-F // size)
+        size, groups = cpu_select.grouped(F, -(-count // n))
         best = np.empty((n, groups), patterns.dtype)
-        self._spread(cpu_select.maxima, n, 16, patterns, size, groups, best)
+        self._spread(cpu_select.maxima, n, 16, patterns, size, best)
         least = np.maximum(_kth_largest(best.ravel(), count), 1)
         start = np.zeros(n + 1, np.int64)
-        self._spread(cpu_select.counted, n, 16, patterns, groups, best, least, start[1:])
+        self._spread(cpu_select.counted, n, 16, patterns, size, best, least, start[1:])
         start = np.cumsum(start)
         keys, where = np.empty(start[-1], patterns.dtype), np.empty(start[-1], np.int32)
-        self._spread(cpu_select.gathered, n, 16, patterns, groups, best, least, start, keys, where)
+        self._spread(cpu_select.gathered, n, 16, patterns, size, best, least, start, keys, where)
         if len(keys) > count:
             least = _kth_largest(keys, count)
         left = count - int((keys > least).sum())

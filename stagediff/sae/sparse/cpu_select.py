@@ -1,7 +1,7 @@
 """numba: the k largest of each row, or k B of a batch, from one pass over the pre-activations.
 
-Features lie in groups: of F = size x groups, group g holds g, g + groups, g + 2 groups, …, so that the maxima of all groups come out of plain vector
-maxima. At least k groups have a maximum as large as the k-th largest maximum, so this is a lower bound of the k-th largest value, and only the few
+Features lie in groups: a block of size x 32 of them in 32 groups, group i with i, i + 32, i + 64, … of the block, so that the maxima of 32 groups at a
+time come out of plain vector maxima. At least k groups have a maximum as large as the k-th largest maximum, so this is a lower bound of the k-th largest value, and only the few
 groups that reach it are looked at again. Values are compared as bit patterns (`cpu_bits`). Equal values are taken by index.
 """
 
@@ -9,14 +9,17 @@ import numpy as np
 
 from stagediff.sae.sparse.cpu_bits import jitted, widened
 
-__all__ = ["chosen_of_all", "counted", "gathered", "group_size", "largest", "maxima"]
+__all__ = ["chosen_of_all", "counted", "gathered", "grouped", "largest", "maxima"]
 
 GROUP = 32
+LANES = 32
+"""bf16 patterns in the widest vector there is."""
 
 
-def group_size(features: int, k: int) -> int:
-    """Features per group, such that there are at least 4 k groups where that is possible."""
-    return max(1, min(GROUP, features // (4 * k)))
+def grouped(features: int, k: int) -> tuple[int, int]:
+    """Features per group, such that there are at least 4 k groups where that is possible, and the number of groups."""
+    size = max(1, min(GROUP, features // (4 * k)))
+    return size, -(-features // (size * LANES)) * LANES
 
 
 @jitted
@@ -29,48 +32,61 @@ def _at_least(keys, n, least):
 
 
 @jitted
-def _kth_largest(keys, n, k):
-    """The k-th largest of keys[:n], in an array of one; 1 where fewer than k are positive."""
-    out = np.ones(1, keys.dtype)
-    low, high = np.int64(1), np.int64(1)
+def _least_of(keys, n, k, slack):
+    """A pattern that k of keys[:n], or up to `slack` more, are not below; the k-th largest where equal ones leave no other. 1: fewer than k are positive."""
+    most = keys[0]
     for i in range(n):
-        high = max(high, np.int64(keys[i]))
-    high += 1
-    middle = np.empty(1, keys.dtype)
-    middle[0] = 1
-    if _at_least(keys, n, middle[0]) < k:
-        return out
+        most = keys[i] if keys[i] > most else most
+    low, high = np.int64(1), np.int64(most) + 1
+    near = np.int64(most) - (2 << (7 if keys.itemsize == 2 else 23))  # a quarter of the largest value
+    if near > 1 and _at_least(keys, n, keys.dtype.type(near)) >= k:
+        low = near
+    elif _at_least(keys, n, keys.dtype.type(1)) < k:
+        return keys.dtype.type(1)
     while high - low > 1:
-        m = low + (high - low) // 2
-        middle[0] = m
-        if _at_least(keys, n, middle[0]) >= k:
-            low = m
+        middle = low + (high - low) // 2
+        count = _at_least(keys, n, keys.dtype.type(middle))
+        if count < k:
+            high = middle
         else:
-            high = m
-    out[0] = low
-    return out
+            low = middle
+            if count <= k + slack:
+                break
+    return keys.dtype.type(low)
 
 
 @jitted
-def _row_maxima(row, size, groups, best):
+def _row_maxima(row, size, best):
     """The largest of every group, 0 where none is positive."""
     F = len(row)
-    for g in range(groups):
-        best[g] = 0
-    for i in range(size):
-        at = i * groups
-        part = row[at : min(at + groups, F)]
-        for g in range(len(part)):
-            best[g] = part[g] if part[g] > best[g] else best[g]
+    for block in range(len(best) // LANES):
+        out = best[block * LANES : (block + 1) * LANES]
+        out[:] = 0
+        at, end = block * size * LANES, min(F, (block + 1) * size * LANES)
+        while at + 4 * LANES <= end:
+            a, b = row[at : at + LANES], row[at + LANES : at + 2 * LANES]
+            c, e = row[at + 2 * LANES : at + 3 * LANES], row[at + 3 * LANES : at + 4 * LANES]
+            for i in range(LANES):
+                x = a[i] if a[i] > b[i] else b[i]
+                y = c[i] if c[i] > e[i] else e[i]
+                x = x if x > y else y
+                out[i] = x if x > out[i] else out[i]
+            at += 4 * LANES
+        while at < end:
+            a = row[at : min(at + LANES, end)]
+            for i in range(len(a)):
+                out[i] = a[i] if a[i] > out[i] else out[i]
+            at += LANES
 
 
 @jitted
-def _candidates(row, groups, best, least, keys, where):
+def _candidates(row, size, best, least, keys, where):
     """Values >= least and where they are; their number."""
     n = 0
-    for g in range(groups):
+    for g in range(len(best)):
         if best[g] >= least:
-            for at in range(g, len(row), groups):
+            first = g // LANES * size * LANES + g % LANES
+            for at in range(first, min(len(row), first + size * LANES), LANES):
                 if row[at] >= least:
                     keys[n] = row[at]
                     where[n] = at
@@ -103,8 +119,8 @@ def largest(first, last, pre, k, size, groups, feature, value):
     where = np.empty(F, np.int32)
     for r in range(first, last):
         row = pre[r]
-        _row_maxima(row, size, groups, best)
-        n = _candidates(row, groups, best, _kth_largest(best, groups, k)[0], keys, where)
+        _row_maxima(row, size, best)
+        n = _candidates(row, size, best, _least_of(best, groups, k, k // 4), keys, where)
         m = 0
         if n <= k:
             for i in range(n):
@@ -112,7 +128,7 @@ def largest(first, last, pre, k, size, groups, feature, value):
                 value[r, i] = widened(keys[i])
             m = n
         else:
-            least = _kth_largest(keys, n, k)[0]
+            least = _least_of(keys, n, k, 0)
             above = 0
             ties = 0
             for i in range(n):
@@ -130,29 +146,26 @@ def largest(first, last, pre, k, size, groups, feature, value):
 
 
 @jitted
-def maxima(first, last, pre, size, groups, out):
+def maxima(first, last, pre, size, out):
     """Rows `first` to `last` of the groups' maxima out [n, groups]."""
     for r in range(first, last):
-        _row_maxima(pre[r], size, groups, out[r])
+        _row_maxima(pre[r], size, out[r])
 
 
 @jitted
-def counted(first, last, pre, groups, best, least, out):
+def counted(first, last, pre, size, best, least, out):
     """How many values of rows `first` to `last` are >= least[0]: out [n]."""
+    keys = np.empty(pre.shape[1], pre.dtype)
+    where = np.empty(pre.shape[1], np.int32)
     for r in range(first, last):
-        n = 0
-        for g in range(groups):
-            if best[r, g] >= least[0]:
-                for at in range(g, pre.shape[1], groups):
-                    n += pre[r, at] >= least[0]
-        out[r] = n
+        out[r] = _candidates(pre[r], size, best[r], least[0], keys, where)
 
 
 @jitted
-def gathered(first, last, pre, groups, best, least, start, keys, where):
+def gathered(first, last, pre, size, best, least, start, keys, where):
     """These values and their features, row r's from start[r] on."""
     for r in range(first, last):
-        _candidates(pre[r], groups, best[r], least[0], keys[start[r] : start[r + 1]], where[start[r] : start[r + 1]])
+        _candidates(pre[r], size, best[r], least[0], keys[start[r] : start[r + 1]], where[start[r] : start[r + 1]])
 
 
 @jitted

@@ -132,10 +132,10 @@ def _first(values: Tensor, count: int) -> Tensor:
     least = values.topk(count, sorted=False).values.amin().clamp_min(0)
     above = values > least
     ties = (values == least) & (least > 0)
-    keep = above | (ties & (ties.cumsum(0) <= count - above.sum()))
-    slot = torch.where(keep, keep.cumsum(0) - 1, count)
-    everywhere = torch.arange(len(values), device=values.device)
-    return torch.full((count + 1,), -1, device=values.device).scatter_(0, slot, everywhere)[:count]
+    keep = above | (ties & (ties.cumsum(0, dtype=torch.int32) <= count - above.sum()))
+    # The i-th that is kept is where the number of those kept comes to i.
+    position = torch.searchsorted(keep.cumsum(0, dtype=torch.int32), torch.arange(1, count + 1, dtype=torch.int32, device=values.device))
+    return position.masked_fill_(position == len(values), -1)
 
 
 def _sums(rows: Tensor, index: Tensor, start: Tensor, weight: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def _sums(rows: Tensor, index: Tensor, start: Tensor, weight: Tensor) -> Tensor:
 
 
 def _first_largest(values: Tensor, k: int) -> Tensor:
-    """Where the k largest of each row of `values` [n, m] are: [n, k]; equal ones by index, negative ones are as good as 0.
+    """Where the k largest of each row of `values` [n, m] are, descending: [n, k]; equal ones by index, negative ones are as good as 0.
 
     torch.topk takes any of equal values. With the index in the low bits no two are equal, and non-negative floats sort like their bits.
     """
@@ -157,4 +157,4 @@ def _first_largest(values: Tensor, k: int) -> Tensor:
         keys = bits.bitwise_left_shift_(32).bitwise_or_(torch.arange(m - 1, -1, -1, device=values.device))
     else:
         return values.clamp_min(0).sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return keys.topk(k, dim=1, sorted=False).indices
+    return keys.topk(k, dim=1).indices
