@@ -92,7 +92,12 @@ def engine(
     """A dictionary at its start: random unit rows, tied."""
     g = torch.Generator(device=device).manual_seed(0)
     W_dec = torch.nn.functional.normalize(torch.randn(F, d, generator=g, device=device), dim=1)
-    parameters = {"W_enc": W_dec.t().clone(), "b_enc": torch.zeros(F, device=device), "W_dec": W_dec, "b_dec": torch.zeros(d, device=device)}
+    parameters = {
+        "W_enc": W_dec.t().clone(),
+        "b_enc": torch.zeros(F, device=device),
+        "W_dec": W_dec,
+        "b_dec": torch.zeros(d, device=device),
+    }
     return Engine(parameters, config_of(architecture, k, auxk), SimpleNamespace(betas=BETAS, clip=1.0), compute, kernels)  # type: ignore[arg-type]
 
 
@@ -144,7 +149,11 @@ def sorted_rows(found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def selection(kernels: Kernels, device: torch.device, quick: bool) -> Iterator[dict[str, Any]]:
-    sizes = [(64, 1024, 16), (33, 1000, 7)] if quick else [(512, 32768, 32), (256, 24576, 100), (128, 1000, 7), (64, 3000, 512), (16, 262144, 64)]
+    sizes = (
+        [(64, 1024, 16), (33, 1000, 7)]
+        if quick
+        else [(512, 32768, 32), (256, 24576, 100), (128, 1000, 7), (64, 3000, 512), (16, 262144, 64)]
+    )
     for dtype in (torch.bfloat16, torch.float32):
         for n, F, k in sizes:
             pre = awkward(n, F, dtype, device)
@@ -290,7 +299,13 @@ def trainer(kernels: Kernels, device: torch.device) -> Iterator[dict[str, Any]]:
         t = Trainer(sae, Budget(tokens=300 * 512, batch=512, lr=2e-3), 300, True, torch.bfloat16)
         losses = [t.train_on(data.batch(512)).loss for _ in range(300)]
         found = t._engine.kernels.name  # type: ignore[union-attr]
-        yield {"check": "trainer", "kernels": found, "first": float(losses[0]), "last": float(losses[-1]), "passed": bool(losses[-1] < losses[0])}
+        yield {
+            "check": "trainer",
+            "kernels": found,
+            "first": float(losses[0]),
+            "last": float(losses[-1]),
+            "passed": bool(losses[-1] < losses[0]),
+        }
 
 
 def timings(kernels: Kernels, device: torch.device, quick: bool) -> list[tuple[str, Callable[[], Iterator[dict[str, Any]]]]]:
@@ -443,7 +458,13 @@ def others(kernels: Kernels, device: torch.device, d: int, F: int, k: int, n: in
     step = dense_step(d, F, k, device)
     taken = milliseconds(lambda: step(xs[0]), device, 5)
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
-    yield {"timing": "dense algebra, torch", "batch": n, "tokens_per_second": round(n / taken * 1e3), "ms": round(taken, 2), "peak_gib": round(peak, 2)}
+    yield {
+        "timing": "dense algebra, torch",
+        "batch": n,
+        "tokens_per_second": round(n / taken * 1e3),
+        "ms": round(taken, 2),
+        "peak_gib": round(peak, 2),
+    }
 
 
 def dense_step(d: int, F: int, k: int, device: torch.device) -> Callable[[Tensor], None]:
@@ -492,7 +513,12 @@ def profile(kernels: Kernels, device: torch.device, d: int, F: int, k: int, n: i
             torch.cuda.synchronize(device)
         events = sorted(trace.key_averages(), key=lambda event: -event.device_time_total)
         for event in events[:24]:
-            yield {"of": name, "kernel": event.key[:90], "us_per_step": round(event.device_time_total / 5, 1), "calls_per_step": event.count / 5}
+            yield {
+                "of": name,
+                "kernel": event.key[:90],
+                "us_per_step": round(event.device_time_total / 5, 1),
+                "calls_per_step": event.count / 5,
+            }
 
 
 if __name__ == "__main__":

@@ -33,10 +33,16 @@ def auxk(
     width = (count // 64 + 1) * 64
     W_enc, W_dec = (inner.new_zeros(width, weights.rows[name].shape[1]) for name in MATRICES)
     b_enc = inner.new_zeros(width)
-    W_enc[:count], W_dec[:count], b_enc[:count] = weights.copy_of("W_enc")[dead], weights.copy_of("W_dec")[dead], weights.rows["b_enc"][dead]
+    W_enc[:count], W_dec[:count], b_enc[:count] = (
+        weights.copy_of("W_enc")[dead],
+        weights.copy_of("W_dec")[dead],
+        weights.rows["b_enc"][dead],
+    )
     pre = torch.addmm(b_enc, inner, W_enc.t())  # [B, width]
     chosen, values = kernels.largest(pre, min(config.auxk, count))
-    f = torch.zeros_like(pre).scatter_(1, chosen.clamp_max_(count).long(), values.to(pre.dtype))  # where there were too few: 0 in a spare column
+    f = torch.zeros_like(pre).scatter_(
+        1, chosen.clamp_max_(count).long(), values.to(pre.dtype)
+    )  # where there were too few: 0 in a spare column
     left = torch.mm(f, W_dec).to(master) + error  # e_hat - e
     scaled = (left * (2 * weight / n)).to(f.dtype)
     g_pre = keep_active(torch.mm(scaled, W_dec.t()), f)

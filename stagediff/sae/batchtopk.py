@@ -29,4 +29,3 @@ def activate(pre: Tensor, sae: "SAE") -> Tensor:
 def followed(threshold: Tensor, smallest: Tensor) -> Tensor:
     """The running mean after another batch. A negative threshold means: none seen yet."""
     return torch.where(threshold < 0, smallest, threshold + THRESHOLD_RATE * (smallest - threshold))
-

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stagediff.sae.gradients import Context, Gradient
-from stagediff.sae.optimiser import Optimiser, clip
+from stagediff.sae.optimiser import Optimiser, clip, pull
 from stagediff.sae.spec import Budget, DictionaryConfig
 
 __all__ = ["Engine"]
@@ -32,12 +32,12 @@ class Engine:
         assert dead is None, "AuxK is topk's and batchtopk's"
         return self._gradient(self.parameters, x, Context(self._config, sparsity, self._compute))
 
-    def update(self, outcome: Gradient, lr: float, pull: float, home: dict[str, Tensor]) -> None:
-        """Takes a step: clip (the outcome's gradients are changed), Adam, the share `pull` of the way to `home` (empty: none), unit rows."""
+    def update(self, outcome: Gradient, lr: float, anchor: float, home: dict[str, Tensor]) -> None:
+        """Takes a step: clip (the outcome's gradients are changed), Adam, the pull of `anchor` to `home` (0: none), unit rows."""
         clip(outcome.gradients, self._budget.clip)
         self._optimiser.step(outcome.gradients, lr)
-        for name, target in home.items():
-            self.parameters[name].lerp_(target, pull)
+        if anchor:
+            pull(self.parameters, home, anchor, lr)
         if self._config.decoder_norm == "unit":
             W_dec = self.parameters["W_dec"]
             W_dec /= W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)

@@ -17,7 +17,18 @@ from stagediff.sae.sparse.pairs import Pairs
 if TYPE_CHECKING:
     from stagediff.sae.spec import DictionaryConfig
 
-__all__ = ["Context", "Forward", "Gradient", "clip_factor", "column_sums", "encode", "keep_active", "parallel_removed", "reconstruct", "to_encoder"]
+__all__ = [
+    "Context",
+    "Forward",
+    "Gradient",
+    "clip_factor",
+    "column_sums",
+    "encode",
+    "keep_active",
+    "parallel_removed",
+    "reconstruct",
+    "to_encoder",
+]
 
 
 class Context(NamedTuple):

@@ -10,7 +10,7 @@ from stagediff.sae.gradients import clip_factor
 if TYPE_CHECKING:
     from stagediff.sae.spec import Budget
 
-__all__ = ["Optimiser", "clip", "pull", "rate"]
+__all__ = ["Optimiser", "clip", "pull", "pulled_share", "rate"]
 
 
 def rate(step: int, steps: int, budget: "Budget") -> float:
@@ -29,14 +29,20 @@ def clip(gradients: dict[str, Tensor], largest: float) -> None:
         gradient.mul_(factor)
 
 
-def pull(anchor: float, lr: float) -> float:
-    """The share of the way to W_0 by which an anchor moves parameters W: the step of the penalty anchor * ||W - W_0||^2 after Adam's own.
+def pull(parameters: dict[str, Tensor], home: dict[str, Tensor], anchor: float, lr: float) -> None:
+    """Pulls parameters W towards `home` W_0, in place: the step of the penalty anchor * ||W - W_0||^2 after Adam's own.
 
     The step is implicit, argmin_V anchor ||V - W_0||^2 + ||V - W||^2 / (2 lr), so V - W_0 = (W - W_0) / (1 + 2 lr anchor): it pins W for
     a large anchor. Inside the gradient (L2-SP) it would not: Adam divides a gradient by its own size and moves by about lr however large
     the anchor is, and the gradient's clip would take the data's part away. Decoupled as AdamW's decay is (Loshchilov & Hutter 2019),
     towards W_0 instead of 0. A weight that Adam drives one way comes to rest 1 / (2 anchor) from home.
     """
+    for name, parameter in parameters.items():
+        parameter.lerp_(home[name], pulled_share(anchor, lr))
+
+
+def pulled_share(anchor: float, lr: float) -> float:
+    """The share of the way home that `pull` takes parameters."""
     strength = 2 * lr * anchor
     return strength / (1 + strength)
 

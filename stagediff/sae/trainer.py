@@ -13,7 +13,7 @@ from stagediff.sae import dense
 from stagediff.sae.batchtopk import followed
 from stagediff.sae.dictionary import ARCHITECTURES, SAE
 from stagediff.sae.gradients import Gradient
-from stagediff.sae.optimiser import pull, rate
+from stagediff.sae.optimiser import rate
 from stagediff.sae.parallel import Team
 from stagediff.sae.sparse import engine as sparse
 from stagediff.sae.sparse.kernels import Kernels, choose
@@ -79,7 +79,7 @@ class Trainer:
         scaled = self.team.slice_of(x).to(self.parameters["b_dec"].dtype) * self._sae.input_scale
         outcome = self.team.reduce(self._engine.gradient(scaled, self.sparsity_weight, dead))
         lr = rate(self.step, self.steps, self.budget)
-        self._engine.update(outcome, lr, pull(self._anchor, lr), self._home)
+        self._engine.update(outcome, lr, self._anchor, self._home)
         if outcome.threshold is not None:
             self._smallest = followed(self._smallest, outcome.threshold)
         self._silent = (self._silent + len(x)).masked_fill_(outcome.fired, 0)
@@ -104,8 +104,10 @@ class Trainer:
 
     def dictionary(self) -> SAE:
         """The dictionary as it is now (a copy)."""
-        named = {name: self.parameters[name].clone(memory_format=torch.contiguous_format) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
-        sae = replace(self._sae, **named)
+        W_enc, b_enc, W_dec, b_dec = (
+            self.parameters[name].clone(memory_format=torch.contiguous_format) for name in ("W_enc", "b_enc", "W_dec", "b_dec")
+        )
+        sae = replace(self._sae, W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=b_dec)
         if sae.architecture == "jumprelu":
             sae.threshold = self.parameters["log_threshold"].exp()
         elif sae.architecture == "batchtopk":

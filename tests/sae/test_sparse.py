@@ -121,9 +121,7 @@ def test_compiled_kernels_do_what_plain_torch_does(architecture, compute, auxk, 
     d, F, k, n = 36, 300, 7, 130
     dead = torch.tensor([0, 5, 7, 100, 299]) if auxk else None
     tolerance = 1e-5 if compute == torch.float32 else 1e-2
-    engines = [
-        engine(architecture, kernels(), compute, d, F, k, auxk=auxk, auxk_weight=0.3, decoder_norm=decoder_norm) for kernels in SETS
-    ]
+    engines = [engine(architecture, kernels(), compute, d, F, k, auxk=auxk, auxk_weight=0.3, decoder_norm=decoder_norm) for kernels in SETS]
     homes = [{name: value.clone() for name, value in e.parameters.items()} for e in engines]
     with torch.no_grad():
         found = [e.gradient(batch(d, n), 0.0, dead) for e in engines]
@@ -208,9 +206,7 @@ def test_weights_that_someone_else_changes_are_seen_by_the_next_step(kernels):
 
 def trained(kernels: Kernels, data, architecture: str, compute: torch.dtype, steps: int, n: int = 256, **more) -> tuple[Trainer, Tensor]:
     config = DictionaryConfig(architecture=architecture, features=96, k=4, auxk=8, dead_after=2048, **more)
-    trainer = Trainer(
-        fresh(config, *measure(data), 0), Budget(tokens=steps * n, batch=n, lr=2e-3), steps, True, compute, kernels=kernels
-    )
+    trainer = Trainer(fresh(config, *measure(data), 0), Budget(tokens=steps * n, batch=n, lr=2e-3), steps, True, compute, kernels=kernels)
     x = data.x.float()
     return trainer, torch.stack([trainer.train_on(x[torch.arange(i * n, i * n + n) % len(x)]).error for i in range(steps)])
 

@@ -86,7 +86,10 @@ class NumbaKernels:
         F, d = W_dec.shape
         by_feature = torch.empty_like(pairs.token), torch.empty_like(pairs.value), torch.empty_like(decoded.g)
         self._spread(
-            cpu_gradients.gathered, len(pairs.token), 1 << 14, *_arrays(sorted_pairs.order, pairs.token, pairs.value, decoded.g, *by_feature)
+            cpu_gradients.gathered,
+            len(pairs.token),
+            1 << 14,
+            *_arrays(sorted_pairs.order, pairs.token, pairs.value, decoded.g, *by_feature),
         )
         slot = torch.full((F,), -1, dtype=torch.int32)
         if extra is None:
@@ -114,7 +117,16 @@ class NumbaKernels:
         numbers = tuple(
             map(
                 np.float32,
-                (scale, update.lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), 1 - beta1, beta2, 1 - beta2, update.eps, update.pull),
+                (
+                    scale,
+                    update.lr / (1 - beta1**step),
+                    1 / math.sqrt(1 - beta2**step),
+                    1 - beta1,
+                    beta2,
+                    1 - beta2,
+                    update.eps,
+                    update.pull,
+                ),
             )
         )
         for name, rows in weights.rows.items():

@@ -8,12 +8,15 @@ from typing import Any
 from llvmlite import ir
 from numba import njit, types
 from numba.core.errors import TypingError
-from numba.extending import intrinsic
+from numba.extending import intrinsic as typed_intrinsic
 
 __all__ = ["jitted", "narrowed", "widened"]
 
-jitted = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nsz", "contract"})
+jitted: Any = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nsz", "contract"})
 """Compiled at the first call and kept on disk. Sums may be reordered into vector lanes, always in the same way; NaN and infinity stay what they are."""
+
+intrinsic: Any = typed_intrinsic
+"""Its typed form does not say that the first argument is numba's."""
 
 _I16, _I32, _F32 = ir.IntType(16), ir.IntType(32), ir.FloatType()
 

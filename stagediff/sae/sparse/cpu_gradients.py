@@ -94,7 +94,26 @@ def gathered(first, last, order, token, value, g, tokens, values, gs):
 
 @jitted
 def gradients(
-    first, last, start, token, value, g, scaled, inner, W_enc, W_dec, unit, slot, more_enc, more_dec, more_b, out_enc, out_dec, out_b, squares, sums
+    first,
+    last,
+    start,
+    token,
+    value,
+    g,
+    scaled,
+    inner,
+    W_enc,
+    W_dec,
+    unit,
+    slot,
+    more_enc,
+    more_dec,
+    more_b,
+    out_enc,
+    out_dec,
+    out_b,
+    squares,
+    sums,
 ):
     """Features first * FEATURES_PER_SUM to last * FEATURES_PER_SUM.
 

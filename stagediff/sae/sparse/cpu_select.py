@@ -1,8 +1,9 @@
 """numba: the k largest of each row, or k B of a batch, from one pass over the pre-activations.
 
-Features lie in groups: a block of size x 32 of them in 32 groups, group i with i, i + 32, i + 64, … of the block, so that the maxima of 32 groups at a
-time come out of plain vector maxima. At least k groups have a maximum as large as the k-th largest maximum, so this is a lower bound of the k-th largest value, and only the few
-groups that reach it are looked at again. Values are compared as bit patterns (`cpu_bits`). Equal values are taken by index.
+Features lie in groups: a block of size x 32 of them in 32 groups, group i with i, i + 32, i + 64, … of the block, so that the maxima of 32
+groups at a time come out of plain vector maxima. At least k groups have a maximum as large as the k-th largest maximum, so this is a lower bound
+of the k-th largest value, and only the few groups that reach it are looked at again. Values are compared as bit patterns (`cpu_bits`). Equal
+values are taken by index.
 """
 
 import numpy as np

@@ -31,7 +31,21 @@ def rows(begin, end, w, gradient, first, second, home, copy, numbers, unit):
     none = np.empty(0, np.float32)
     for f in range(begin, end):
         row = w[f]
-        _adam(row, gradient[f], first[f], second[f], home[f] if len(home) > 0 else none, factor, rate, correction, part1, beta2, part2, eps, pull)
+        _adam(
+            row,
+            gradient[f],
+            first[f],
+            second[f],
+            home[f] if len(home) > 0 else none,
+            factor,
+            rate,
+            correction,
+            part1,
+            beta2,
+            part2,
+            eps,
+            pull,
+        )
         if unit:
             square = np.float32(0)
             for t in range(len(row)):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stagediff.sae.auxk import auxk
 from stagediff.sae.gradients import Gradient, clip_factor
+from stagediff.sae.optimiser import pulled_share
 from stagediff.sae.sparse.kernels import Kernels, Update
 from stagediff.sae.sparse.pairs import Pairs
 from stagediff.sae.sparse.weights import Weights
@@ -30,9 +31,7 @@ EPS = 1e-8
 class Engine:
     """Weights, moments and the step. `parameters` as for `Weights`; the config with every default resolved."""
 
-    def __init__(
-        self, parameters: dict[str, Tensor], config: "DictionaryConfig", budget: "Budget", compute: torch.dtype, kernels: Kernels
-    ):
+    def __init__(self, parameters: dict[str, Tensor], config: "DictionaryConfig", budget: "Budget", compute: torch.dtype, kernels: Kernels):
         self.weights = Weights(parameters, compute)
         self.kernels = kernels
         self._config, self._budget = config, budget
@@ -46,12 +45,12 @@ class Engine:
         """Loss and gradients on a scaled batch x [B, d] in master type; `dead`: indices of dead features (AuxK), None: there are none."""
         return gradient(self.weights, self._config, self.kernels, x, dead)
 
-    def update(self, outcome: Gradient, lr: float, pull: float, home: dict[str, Tensor]) -> None:
-        """Takes a step: clip, Adam, the share `pull` of the way to `home` (parameters' names and shapes; empty: none), unit rows."""
+    def update(self, outcome: Gradient, lr: float, anchor: float, home: dict[str, Tensor]) -> None:
+        """Takes a step: clip, Adam, the pull of `anchor` to `home` (parameters' names and shapes; empty: none), unit rows."""
         weights, budget = self.weights, self._budget
         weights.steps += 1
         unit = self._config.decoder_norm == "unit"
-        settings = Update(lr, budget.betas, EPS, weights.steps, unit, pull, _by_rows(home))
+        settings = Update(lr, budget.betas, EPS, weights.steps, unit, pulled_share(anchor, lr), _by_rows(home))
         factor = clip_factor(outcome.gradients, budget.clip, outcome.squares) if budget.clip > 0 else None
         self.kernels.update(weights, _by_rows(outcome.gradients), factor, settings)
 

@@ -73,9 +73,7 @@ def gradients(
     read = (sorted_pairs.order, pairs.token, pairs.value, decoded.g, decoded.scaled, inner, sorted_pairs.start, part_start)
     sizes = {"D_BLOCK": d_block, "AT_ONCE": at_once, "MOST": MOST, "num_warps": _warps(d_block)}
     _part[(most_parts,)](*read, owner, scratch[0], scratch[1], scratch_b, F, d, **sizes)
-    _row[(F,)](
-        *read, scratch[0], scratch[1], scratch_b, slot, *more, W_dec, *out, d, UNIT=unit, HAS_MORE=extra is not None, **sizes
-    )
+    _row[(F,)](*read, scratch[0], scratch[1], scratch_b, slot, *more, W_dec, *out, d, UNIT=unit, HAS_MORE=extra is not None, **sizes)
     return Rows(*out, out[2] @ weights.rows["W_enc"])
 
 

@@ -49,7 +49,9 @@ def update(weights: Weights, gradients: dict[str, Tensor], factor: Tensor | None
             )
         else:
             n = len(rows)
-            _vector[(triton.cdiv(n, VALUES_AT_ONCE),)](*state, factor, *numbers, n, HOME=home is not None, BLOCK=VALUES_AT_ONCE, num_warps=4)
+            _vector[(triton.cdiv(n, VALUES_AT_ONCE),)](
+                *state, factor, *numbers, n, HOME=home is not None, BLOCK=VALUES_AT_ONCE, num_warps=4
+            )
 
 
 @triton.jit

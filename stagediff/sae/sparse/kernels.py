@@ -139,6 +139,9 @@ def choose(device: torch.device, compute: torch.dtype) -> Kernels:
             raise UserError(f"{KERNELS} is {asked!r}, but that does not work here: {type(error).__name__}: {error}") from error
         needs = "Triton and a GPU it knows" if fitting == "triton" else "numba"
         log.warning(
-            "Sparse training falls back to plain torch, which is several times slower: %s did not work (%s: %s).", needs, type(error).__name__, error
+            "Sparse training falls back to plain torch, which is several times slower: %s did not work (%s: %s).",
+            needs,
+            type(error).__name__,
+            error,
         )
         return Reference()

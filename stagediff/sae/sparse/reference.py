@@ -34,7 +34,9 @@ class Reference:
             pre = torch.nn.functional.pad(pre, (0, groups * size - F))
         tiles = pre.view(n, groups, size)
         # A group with one of the k largest is among the k groups with the largest maxima, of which equal ones are taken by index.
-        chosen = _first_largest(tiles.amax(2), k).sort(1).values if groups > k else torch.arange(groups, device=pre.device).expand(n, groups)
+        chosen = (
+            _first_largest(tiles.amax(2), k).sort(1).values if groups > k else torch.arange(groups, device=pre.device).expand(n, groups)
+        )
         candidates = tiles.gather(1, chosen[:, :, None].expand(-1, -1, size)).flatten(1)
         at = _first_largest(candidates, min(k, candidates.shape[1]))
         value = candidates.gather(1, at).to(torch.promote_types(pre.dtype, torch.float32)).relu_()
