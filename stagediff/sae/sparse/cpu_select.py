@@ -84,14 +84,17 @@ def _row_maxima(row, size, best):
 def _candidates(row, size, best, least, keys, where):
     """Values >= least and where they are; their number."""
     n = 0
-    for g in range(len(best)):
-        if best[g] >= least:
-            first = g // LANES * size * LANES + g % LANES
-            for at in range(first, min(len(row), first + size * LANES), LANES):
-                if row[at] >= least:
-                    keys[n] = row[at]
-                    where[n] = at
-                    n += 1
+    for block in range(len(best) // LANES):
+        maxima, part = best[block * LANES : (block + 1) * LANES], row[block * size * LANES :]
+        steps = min(size, -(-len(part) // LANES))
+        for i in range(LANES):
+            if maxima[i] >= least:
+                for step in range(steps):
+                    at = np.uint32(step) * np.uint32(LANES) + np.uint32(i)  # unsigned: no index counts from the end
+                    if at < len(part) and part[at] >= least:
+                        keys[n] = part[at]
+                        where[n] = block * size * LANES + at
+                        n += 1
     return n
 
 
