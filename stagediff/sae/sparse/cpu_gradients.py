@@ -21,16 +21,16 @@ def _add_rows(out, rows, index, weight, first, last):
     """out [d] += sum of weight[j] * rows[index[j]] over j from `first` to `last`."""
     d = len(out)
     j = first
-    while j + 4 <= last:
-        a, b, c, e = rows[index[j]], rows[index[j + 1]], rows[index[j + 2]], rows[index[j + 3]]
+    while j + 4 <= last:  # unsigned: no index counts from the end; and no views of rows, which would be counted references
+        a, b, c, e = np.uint32(index[j]), np.uint32(index[j + 1]), np.uint32(index[j + 2]), np.uint32(index[j + 3])
         va, vb, vc, ve = weight[j], weight[j + 1], weight[j + 2], weight[j + 3]
         for t in range(d):
-            out[t] += va * widened(a[t]) + vb * widened(b[t]) + vc * widened(c[t]) + ve * widened(e[t])
+            out[t] += va * widened(rows[a, t]) + vb * widened(rows[b, t]) + vc * widened(rows[c, t]) + ve * widened(rows[e, t])
         j += 4
     while j < last:
-        a, va = rows[index[j]], weight[j]
+        a, va = np.uint32(index[j]), weight[j]
         for t in range(d):
-            out[t] += va * widened(a[t])
+            out[t] += va * widened(rows[a, t])
         j += 1
 
 
@@ -60,10 +60,10 @@ def decoded(first, last, feature, value, start, W_dec, b_dec, x, factor, error, 
                 s[t] = narrowed(s, whole[t])
             squares[b] = square
             for j in range(begin, end):
-                row = W_dec[feature[j]]
+                f = np.uint32(feature[j])
                 dot = np.float32(0)
                 for t in range(d):
-                    dot += widened(row[t]) * whole[t]
+                    dot += widened(W_dec[f, t]) * whole[t]
                 g[j] = dot
             for j in range(end, start[b + 1]):
                 g[j] = 0

@@ -82,19 +82,26 @@ def _row_maxima(row, size, best):
 
 @jitted
 def _candidates(row, size, best, least, keys, where):
-    """Values >= least and where they are; their number."""
-    n = 0
-    for block in range(len(best) // LANES):
-        maxima, part = best[block * LANES : (block + 1) * LANES], row[block * size * LANES :]
-        steps = min(size, -(-len(part) // LANES))
-        for i in range(LANES):
-            if maxima[i] >= least:
-                for step in range(steps):
-                    at = np.uint32(step) * np.uint32(LANES) + np.uint32(i)  # unsigned: no index counts from the end
-                    if at < len(part) and part[at] >= least:
-                        keys[n] = part[at]
-                        where[n] = block * size * LANES + at
-                        n += 1
+    """Values >= least and where they are; their number. keys and where have room for one more than there are features, and than
+    there are groups.
+
+    Everything is written and what counts is kept: branches that are taken at random would cost more than the rest.
+    """
+    hits = np.uint32(0)
+    for g in range(len(best)):
+        where[hits] = g
+        hits = np.uint32(hits + np.uint32(best[g] >= least))
+    groups = where[:hits].copy()
+    n = np.uint32(0)
+    for i in range(hits):
+        g = np.uint32(groups[i])
+        at = g // np.uint32(LANES) * np.uint32(size * LANES) + g % np.uint32(LANES)
+        end = min(np.uint32(len(row)), at + np.uint32(size * LANES))
+        while at < end:
+            keys[n] = row[at]
+            where[n] = at
+            n = np.uint32(n + np.uint32(row[at] >= least))
+            at = np.uint32(at + np.uint32(LANES))
     return n
 
 
@@ -119,8 +126,8 @@ def largest(first, last, pre, k, size, groups, feature, value):
     """Rows `first` to `last` of pre [n, F] (patterns): feature [n, k] int32 and value [n, k] fp32."""
     F = pre.shape[1]
     best = np.empty(groups, pre.dtype)
-    keys = np.empty(F, pre.dtype)
-    where = np.empty(F, np.int32)
+    keys = np.empty(max(F, groups) + 1, pre.dtype)
+    where = np.empty(max(F, groups) + 1, np.int32)
     for r in range(first, last):
         row = pre[r]
         _row_maxima(row, size, best)
@@ -159,8 +166,9 @@ def maxima(first, last, pre, size, out):
 @jitted
 def counted(first, last, pre, size, best, least, out):
     """How many values of rows `first` to `last` are >= least[0]: out [n]."""
-    keys = np.empty(pre.shape[1], pre.dtype)
-    where = np.empty(pre.shape[1], np.int32)
+    room = max(pre.shape[1], best.shape[1]) + 1
+    keys = np.empty(room, pre.dtype)
+    where = np.empty(room, np.int32)
     for r in range(first, last):
         out[r] = _candidates(pre[r], size, best[r], least[0], keys, where)
 
@@ -168,8 +176,13 @@ def counted(first, last, pre, size, best, least, out):
 @jitted
 def gathered(first, last, pre, size, best, least, start, keys, where):
     """These values and their features, row r's from start[r] on."""
+    room = max(pre.shape[1], best.shape[1]) + 1
+    some_keys = np.empty(room, pre.dtype)
+    some_where = np.empty(room, np.int32)
     for r in range(first, last):
-        _candidates(pre[r], size, best[r], least[0], keys[start[r] : start[r + 1]], where[start[r] : start[r + 1]])
+        n = _candidates(pre[r], size, best[r], least[0], some_keys, some_where)
+        keys[start[r] : start[r] + n] = some_keys[:n]
+        where[start[r] : start[r] + n] = some_where[:n]
 
 
 @jitted
