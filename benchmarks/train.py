@@ -1,10 +1,12 @@
-"""Speed of dictionary training on this machine, beside the floor of its bare matrix products.
+"""Speed of dictionary training on this machine, beside the floor of what it cannot do without.
 
-    python benchmarks/train.py --threads 2                       # relu, d 128, F 1,024, batch 2,048, bf16
-    python benchmarks/train.py --architecture topk --threads 2
+    python benchmarks/train.py --threads 2                                # relu, d 128, F 1,024, batch 2,048, bf16
+    python benchmarks/train.py --architecture topk --case A --threads 2   # d 512, F 16,384, k 32, batch 4,096; B: d 128, F 1,024, k 16, batch 2,048
 
-Prints one line of JSON: tokens per second of the median and the best step (on a busy machine only the best means much), of the five matrix
-products that no dense step can do without, and the share of the machine's limit that the training reaches. Data are in memory; nothing is read.
+Prints one line of JSON: tokens per second of the median and the best step (on a busy machine only the best means much), of the floor, and the
+share of the floor that the training reaches. relu, jumprelu: the floor is the five matrix products of a dense step. topk, batchtopk: every set of
+kernels that works here takes turns, step by step; the floor is the encoder's product and a copy of as many bytes as Adam reads and writes. Data are
+in memory; nothing is read.
 """
 
 import argparse
@@ -15,15 +17,24 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
+from stagediff.numerics import reuse_freed_memory
 from stagediff.sae.initial import fresh
+from stagediff.sae.sparse.kernels import Kernels, choose
+from stagediff.sae.sparse.reference import Reference
 from stagediff.sae.spec import Budget, DictionaryConfig
 from stagediff.sae.trainer import Trainer
+
+CASES = {"A": {"d": 512, "features": 16384, "k": 32, "batch": 4096}, "B": {"d": 128, "features": 1024, "k": 16, "batch": 2048}}
+BYTES_PER_WEIGHT = 28
+"""Adam in fp32: weight, two moments and gradient read, the first three written."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--architecture", default="relu", choices=["relu", "topk", "batchtopk", "jumprelu"])
+    parser.add_argument("--case", choices=list(CASES), help="sets d, features, k and batch")
     parser.add_argument("--d", type=int, default=128)
     parser.add_argument("--features", type=int, default=1024)
     parser.add_argument("--k", type=int, default=32)
@@ -33,40 +44,68 @@ def main() -> None:
     parser.add_argument("--compute", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--device", default="cpu")
     a = parser.parse_args()
+    vars(a).update(CASES.get(a.case, {}))
     torch.set_num_threads(a.threads)
+    reuse_freed_memory()  # as the command does
     dtype = torch.bfloat16 if a.compute == "bf16" else torch.float32
-    config = DictionaryConfig(architecture=a.architecture, features=a.features, k=a.k)
-    sae = fresh(config, 1.0, torch.zeros(a.d), seed=0).to(a.device)
-    trainer = Trainer(sae, Budget(tokens=a.steps * a.batch, batch=a.batch), a.steps, True, dtype)
     generator = torch.Generator().manual_seed(1)  # not the start's seed: the start would be the answer
     data = [torch.randn(a.batch, a.d, generator=generator).bfloat16().to(a.device) for _ in range(8)]
-    step = seconds(lambda i: trainer.train_on(data[i % 8]), a.steps, a.device)
-    floor = seconds(products(a.batch, a.d, a.features, dtype, a.device), a.steps, a.device)
+    is_sparse = a.architecture in ("topk", "batchtopk")
+    works = {
+        name: stepping(a, dtype, kernels, data) for name, kernels in (kernels_here(a.device, dtype) if is_sparse else {"": None}).items()
+    }
+    floor = sparse_floor(a.batch, a.d, a.features, dtype, a.device) if is_sparse else products(a.batch, a.d, a.features, dtype, a.device)
+    *taken, bound = alternating([*works.values(), floor], a.steps, a.device)
+    found = {name: speeds(a.batch, times, min(bound)) for name, times in zip(works, taken, strict=True)}
     print(
         json.dumps(
             {
                 **vars(a),
-                "tokens_per_second": round(a.batch / statistics.median(step)),
-                "best": round(a.batch / min(step)),
-                "products_alone": round(a.batch / statistics.median(floor)),
-                "products_alone_best": round(a.batch / min(floor)),
-                "share_of_limit": round(min(floor) / min(step), 3),
+                **({"kernels": found} if is_sparse else found[""]),
+                "floor": round(a.batch / statistics.median(bound)),
+                "floor_best": round(a.batch / min(bound)),
                 "load": round(os.getloadavg()[0], 2),
             }
         )
     )
 
 
+def kernels_here(device: str, dtype: torch.dtype) -> dict[str, Kernels]:
+    """By name: what `choose` takes here, and plain torch."""
+    return {kernels.name: kernels for kernels in (choose(torch.device(device), dtype), Reference())}
+
+
+def stepping(a: argparse.Namespace, dtype: torch.dtype, kernels: Kernels | None, data: list[Tensor]) -> Callable[[int], object]:
+    """Steps of a training that begins anew."""
+    sae = fresh(DictionaryConfig(architecture=a.architecture, features=a.features, k=a.k), 1.0, torch.zeros(a.d), seed=0).to(a.device)
+    trainer = Trainer(sae, Budget(tokens=a.steps * a.batch, batch=a.batch), a.steps, True, dtype, kernels=kernels)
+    return lambda i: trainer.train_on(data[i % len(data)])
+
+
+def speeds(batch: int, taken: list[float], floor: float) -> dict[str, float]:
+    return {
+        "tokens_per_second": round(batch / statistics.median(taken)),
+        "best": round(batch / min(taken)),
+        "share_of_floor": round(floor / min(taken), 3),
+    }
+
+
 def seconds(work: Callable[[int], object], times: int, device: str) -> list[float]:
     """Seconds of each call after a tenth of warm-up calls."""
-    taken = []
+    return alternating([work], times, device)[0]
+
+
+def alternating(works: list[Callable[[int], object]], times: int, device: str) -> list[list[float]]:
+    """Seconds of each call of each work, one call of each in turn, after a tenth of warm-up calls."""
+    taken: list[list[float]] = [[] for _ in works]
     for i in range(-max(3, times // 10), times):
-        begin = time.perf_counter()
-        work(i)
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-        if i >= 0:
-            taken.append(time.perf_counter() - begin)
+        for work, times_of_work in zip(works, taken, strict=True):
+            begin = time.perf_counter()
+            work(i)
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            if i >= 0:
+                times_of_work.append(time.perf_counter() - begin)
     return taken
 
 
@@ -75,6 +114,15 @@ def products(n: int, d: int, features: int, dtype: torch.dtype, device: str) -> 
     x, f = torch.randn(n, d).to(device, dtype), torch.randn(n, features).to(device, dtype)
     W_enc, W_dec = torch.randn(d, features).to(device, dtype), torch.randn(features, d).to(device, dtype)
     return lambda i: (x @ W_enc, f @ W_dec, f.t() @ x, x @ W_dec.t(), x.t() @ f)
+
+
+def sparse_floor(n: int, d: int, features: int, dtype: torch.dtype, device: str) -> Callable[[int], object]:
+    """What a sparse step cannot do without: the encoder's product, and Adam's traffic, as a copy of half as many bytes (each is read and written)."""
+    x, W_enc = torch.randn(n, d).to(device, dtype), torch.randn(features, d).to(device, dtype)
+    out = torch.empty(n, features, dtype=dtype, device=device)
+    source = torch.ones(2 * d * features * BYTES_PER_WEIGHT // 8, device=device)
+    target = torch.empty_like(source)
+    return lambda i: (torch.mm(x, W_enc.t(), out=out), target.copy_(source))
 
 
 if __name__ == "__main__":

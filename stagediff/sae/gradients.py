@@ -1,4 +1,4 @@
-"""The algebra that all architectures share: one pass forward, the squared error, and the way back to the weights, written out by hand.
+"""The algebra of dense activations (relu, jumprelu): one pass forward, the squared error, and the way back to the weights, written out by hand.
 
 L = 1/B sum_b ||x_hat_b - x_b||^2 + sparsity. Matrix products run in the parameters' compute type (bf16 on request), everything of size
 [B, d], [F, d] or smaller in the master type (fp32). Autograd is not used: it would keep [B, F] tensors that are not needed and cast more
@@ -12,10 +12,23 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from stagediff.sae.sparse.pairs import Pairs
+
 if TYPE_CHECKING:
     from stagediff.sae.spec import DictionaryConfig
 
-__all__ = ["Context", "Forward", "Gradient", "column_sums", "encode", "keep_active", "parallel_removed", "reconstruct", "to_encoder"]
+__all__ = [
+    "Context",
+    "Forward",
+    "Gradient",
+    "clip_factor",
+    "column_sums",
+    "encode",
+    "keep_active",
+    "parallel_removed",
+    "reconstruct",
+    "to_encoder",
+]
 
 
 class Context(NamedTuple):
@@ -40,14 +53,21 @@ class Gradient(NamedTuple):
     """1/B sum_b ||x_hat_b - x_b||^2."""
     sparsity: Tensor
     """The sparsity term without its weight: sum_i f_i ||W_dec_i|| (relu), L0 (jumprelu), 0 for the others."""
-    f: Tensor
-    """Activations [B, F]."""
+    f: Tensor | Pairs
+    """Activations [B, F], or the active ones alone."""
     fired: Tensor
     """[F] bool: fired in this batch."""
     gradients: dict[str, Tensor]
     """By parameter name, in the master type."""
     threshold: Tensor | None = None
     """batchtopk: the smallest activation that was kept."""
+    squares: Tensor | None = None
+    """Sum of the squares of all gradients, where it was at hand."""
+
+    @property
+    def l0(self) -> Tensor:
+        """Active features per token."""
+        return self.f.l0 if isinstance(self.f, Pairs) else (self.f > 0).sum() / len(self.f)
 
 
 @dataclass
@@ -103,3 +123,9 @@ def to_encoder(p: dict[str, Tensor], context: Context, forward: Forward, error: 
 def parallel_removed(gradient: Tensor, W_dec: Tensor) -> Tensor:
     """The decoder's gradient without its part along each unit row: with unit norms only directions are learned. In place."""
     return gradient.sub_((gradient * W_dec).sum(1, keepdim=True) * W_dec)
+
+
+def clip_factor(gradients: dict[str, Tensor], largest: float, squares: Tensor | None = None) -> Tensor:
+    """What to multiply all gradients with so that their common norm is at most `largest`. No host sync. `squares`: the sum of their squares."""
+    norm = torch.stack([g.norm() for g in gradients.values()]).norm() if squares is None else squares.sqrt()
+    return (largest / (norm + 1e-6)).clamp(max=1.0)

@@ -1,14 +1,19 @@
 """Adam over named fp32 parameters, its learning-rate schedule, gradient clipping and a pull towards given weights; its state can be stored."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from stagediff.sae.spec import Budget
+from stagediff.sae.gradients import clip_factor
 
-__all__ = ["Optimiser", "clip", "pull", "rate"]
+if TYPE_CHECKING:
+    from stagediff.sae.spec import Budget
+
+__all__ = ["Optimiser", "clip", "pull", "pulled_share", "rate"]
 
 
-def rate(step: int, steps: int, budget: Budget) -> float:
+def rate(step: int, steps: int, budget: "Budget") -> float:
     """Learning rate of a step (from 0): linear warm-up over `budget.warmup`, flat, linear to 0 over the last `budget.decay`."""
     up = min(1.0, (step + 1) / max(1.0, budget.warmup * steps))
     down = min(1.0, (steps - step) / max(1.0, budget.decay * steps))
@@ -19,8 +24,7 @@ def clip(gradients: dict[str, Tensor], largest: float) -> None:
     """Scales all gradients, in place, so that their common norm is at most `largest`; 0 means no limit. No host sync."""
     if largest <= 0:
         return
-    norm = torch.stack([g.norm() for g in gradients.values()]).norm()
-    factor = (largest / (norm + 1e-6)).clamp(max=1.0)
+    factor = clip_factor(gradients, largest)
     for gradient in gradients.values():
         gradient.mul_(factor)
 
@@ -33,15 +37,20 @@ def pull(parameters: dict[str, Tensor], home: dict[str, Tensor], anchor: float, 
     the anchor is, and the gradient's clip would take the data's part away. Decoupled as AdamW's decay is (Loshchilov & Hutter 2019),
     towards W_0 instead of 0. A weight that Adam drives one way comes to rest 1 / (2 anchor) from home.
     """
-    strength = 2 * lr * anchor
     for name, parameter in parameters.items():
-        parameter.lerp_(home[name], strength / (1 + strength))
+        parameter.lerp_(home[name], pulled_share(anchor, lr))
+
+
+def pulled_share(anchor: float, lr: float) -> float:
+    """The share of the way home that `pull` takes parameters."""
+    strength = 2 * lr * anchor
+    return strength / (1 + strength)
 
 
 class Optimiser:
     """torch's fused Adam. The parameters are changed in place."""
 
-    def __init__(self, parameters: dict[str, Tensor], budget: Budget):
+    def __init__(self, parameters: dict[str, Tensor], budget: "Budget"):
         self._parameters = parameters
         self._adam = torch.optim.Adam(list(parameters.values()), lr=budget.lr, betas=budget.betas, eps=1e-8, fused=True)
 

@@ -59,12 +59,13 @@ class Team:
         gradients = {name: self.mean(gradient) for name, gradient in own.gradients.items()}
         fired = own.fired.to(torch.uint8)
         _or_lost(lambda: dist.all_reduce(fired, dist.ReduceOp.MAX))
-        return own._replace(loss=figures[0], error=figures[1], sparsity=figures[2], gradients=gradients, fired=fired.bool())
+        return own._replace(loss=figures[0], error=figures[1], sparsity=figures[2], gradients=gradients, fired=fired.bool(), squares=None)
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over ranks, in place."""
         if self.size > 1:
-            _or_lost(lambda: dist.all_reduce(value))
+            whole = value if value.is_contiguous() else value.t()  # a sparse training's encoder lies by feature
+            _or_lost(lambda: dist.all_reduce(whole))
             value /= self.size
         return value
 

@@ -266,7 +266,7 @@ def _row(trainer: Trainer, x: Tensor, outcome: Gradient) -> list[float]:
     x = x.float()
     scale = trainer.input_scale
     variance = (x - x.mean(0)).square().sum() / len(x)
-    l0 = trainer.team.mean((outcome.f > 0).sum() / len(outcome.f))
+    l0 = trainer.team.mean(outcome.l0)
     values = torch.stack([v.double() for v in (outcome.loss, outcome.error, outcome.sparsity, variance, l0, trainer.silent_share())])
     loss, error, sparsity, total, active, dead = values.tolist()
     _require_finite(loss, trainer.step)

@@ -4,14 +4,19 @@ Master weights and Adam's moments are fp32 (a measured case lost 0.11 of explain
 the device: figures stay tensors until someone reads them. The state round-trips through `state` / `restore` bit by bit.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from stagediff.sae import dense
 from stagediff.sae.batchtopk import followed
 from stagediff.sae.dictionary import ARCHITECTURES, SAE
-from stagediff.sae.gradients import Context, Gradient
-from stagediff.sae.optimiser import Optimiser, clip, pull, rate
+from stagediff.sae.gradients import Gradient
+from stagediff.sae.optimiser import rate
 from stagediff.sae.parallel import Team
+from stagediff.sae.sparse import engine as sparse
+from stagediff.sae.sparse.kernels import Kernels, choose
 from stagediff.sae.spec import Budget
 
 __all__ = ["DEAD_EVERY", "Trainer"]
@@ -25,26 +30,39 @@ class Trainer:
     """A dictionary in training for `steps` steps.
 
     `warms_up`: whether the sparsity weight rises from 0 (training from scratch); finetunes keep it constant. `anchor`: how strongly all
-    parameters are drawn to where they start (`optimiser.pull`). `team`: the ranks it is shared with; all of them take every step.
+    parameters are drawn to where they start (`optimiser.pull`). `team`: the ranks it is shared with; all of them take every step. `kernels`:
+    who computes a sparse step (topk, batchtopk); None: the fastest that works here.
     """
 
     def __init__(
-        self, sae: SAE, budget: Budget, steps: int, warms_up: bool, compute: torch.dtype, anchor: float = 0.0, team: Team | None = None
+        self,
+        sae: SAE,
+        budget: Budget,
+        steps: int,
+        warms_up: bool,
+        compute: torch.dtype,
+        anchor: float = 0.0,
+        team: Team | None = None,
+        kernels: Kernels | None = None,
     ):
         self.budget, self.steps, self.step = budget, steps, 0
         self.team = team or Team()
         self._sae = sae.copy()
-        self._warms_up, self._compute = warms_up, compute
-        self._gradient = ARCHITECTURES[sae.architecture].gradient
+        self._warms_up = warms_up
+        device = sae.W_dec.device
         s = self._sae
-        self.parameters = {"W_enc": s.W_enc, "b_enc": s.b_enc, "W_dec": s.W_dec, "b_dec": s.b_dec}
+        parameters = {"W_enc": s.W_enc, "b_enc": s.b_enc, "W_dec": s.W_dec, "b_dec": s.b_dec}
         if sae.architecture == "jumprelu":
             assert s.threshold is not None
-            self.parameters["log_threshold"] = s.threshold.clamp_min(SMALLEST_THRESHOLD).log()
-        self._optimiser = Optimiser(self.parameters, budget)
+            parameters["log_threshold"] = s.threshold.clamp_min(SMALLEST_THRESHOLD).log()
+        self._engine: dense.Engine | sparse.Engine
+        if sae.k is None:
+            self._engine = dense.Engine(parameters, s.config, budget, compute, ARCHITECTURES[sae.architecture].gradient)
+        else:
+            self._engine = sparse.Engine(parameters, s.config, budget, compute, kernels or choose(device, compute))
+        self.parameters = self._engine.parameters
         self._anchor = anchor
         self._home = {name: parameter.clone() for name, parameter in self.parameters.items()} if anchor else {}
-        device = s.W_dec.device
         self._smallest = (
             s.threshold[0].clone() if sae.architecture == "batchtopk" and s.threshold is not None else torch.zeros((), device=device)
         )
@@ -57,17 +75,11 @@ class Trainer:
         config = self._sae.config
         if config.auxk and self.step % DEAD_EVERY == 0:
             self._dead = (self._silent >= config.dead_after).nonzero()[:, 0]
-        context = Context(config, self.sparsity_weight, self._compute, self._dead if len(self._dead) else None)
+        dead = self._dead if len(self._dead) else None
         scaled = self.team.slice_of(x).to(self.parameters["b_dec"].dtype) * self._sae.input_scale
-        outcome = self.team.reduce(self._gradient(self.parameters, scaled, context))
-        clip(outcome.gradients, self.budget.clip)
+        outcome = self.team.reduce(self._engine.gradient(scaled, self.sparsity_weight, dead))
         lr = rate(self.step, self.steps, self.budget)
-        self._optimiser.step(outcome.gradients, lr)
-        if self._anchor:
-            pull(self.parameters, self._home, self._anchor, lr)
-        if config.decoder_norm == "unit":
-            W_dec = self.parameters["W_dec"]
-            W_dec /= W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        self._engine.update(outcome, lr, self._anchor, self._home)
         if outcome.threshold is not None:
             self._smallest = followed(self._smallest, outcome.threshold)
         self._silent = (self._silent + len(x)).masked_fill_(outcome.fired, 0)
@@ -92,7 +104,10 @@ class Trainer:
 
     def dictionary(self) -> SAE:
         """The dictionary as it is now (a copy)."""
-        sae = self._sae.copy()
+        W_enc, b_enc, W_dec, b_dec = (
+            self.parameters[name].clone(memory_format=torch.contiguous_format) for name in ("W_enc", "b_enc", "W_dec", "b_dec")
+        )
+        sae = replace(self._sae, W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=b_dec)
         if sae.architecture == "jumprelu":
             sae.threshold = self.parameters["log_threshold"].exp()
         elif sae.architecture == "batchtopk":
@@ -101,11 +116,11 @@ class Trainer:
 
     def optimiser_state(self) -> dict[str, Tensor]:
         """Adam's moments and step counts, for another training to `carry` on."""
-        return self._optimiser.state()
+        return {name: value.contiguous() for name, value in self._engine.state().items()}
 
     def carry(self, optimiser: dict[str, Tensor]) -> None:
         """Begins with another training's optimiser state."""
-        self._optimiser.restore({name: value.clone() for name, value in optimiser.items()})
+        self._engine.restore({name: value.clone() for name, value in optimiser.items()})
 
     @torch.no_grad()
     def renew(self, sae: SAE, features: Tensor) -> None:
@@ -118,7 +133,7 @@ class Trainer:
         if sae.architecture == "jumprelu":
             assert sae.threshold is not None
             new["log_threshold"] = sae.threshold.clamp_min(SMALLEST_THRESHOLD).log()
-        moments = self._optimiser.state()
+        moments = self._engine.state()
         for name, value in new.items():
             dim = 1 if name == "W_enc" else 0
             chosen = value.index_select(dim, features)
@@ -134,14 +149,15 @@ class Trainer:
     def state(self) -> dict[str, Tensor]:
         """Everything the next step depends on, besides data and spec. What an anchor draws to is part of it: the start need not be made again."""
         counters = {"silent": self._silent, "dead": self._dead, "smallest": self._smallest}
-        return {**self.parameters, **self._optimiser.state(), **counters, **{f"home.{name}": value for name, value in self._home.items()}}
+        return {**self.parameters, **self._engine.state(), **counters, **{f"home.{name}": value for name, value in self._home.items()}}
 
     def restore(self, step: int, tensors: dict[str, Tensor]) -> None:
         """Puts back what `state` gave after `step` steps."""
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[name])
-        self._optimiser.restore(tensors)
+        self._engine.restore(tensors)
         device = self._silent.device
         self._silent, self._dead, self._smallest = (tensors[name].to(device) for name in ("silent", "dead", "smallest"))
-        self._home = {name: tensors[f"home.{name}"].to(device) for name in self._home}
+        for name, home in self._home.items():
+            home.copy_(tensors[f"home.{name}"])
         self.step = step

@@ -123,6 +123,22 @@ def test_two_ranks_train_what_one_trains(trained):
         assert found.figures[name] == pytest.approx(expected.figures[name], rel=1e-3, abs=1e-3), name
 
 
+def test_two_ranks_train_sparsely_what_one_trains(planted, tmp_path):
+    """topk, whose encoder lies by feature. Rounding decides near-equal features: figures agree to 3 percent, and so do the weights' norms."""
+    one, two = (Store(tmp_path / name) for name in ("one", "two"))
+    for store in (one, two):
+        data = tools().store_activations(store, planted)
+    spec = training(data, "topk")
+    steps.run(spec, one, device="cpu")
+    ranks.run(spec, two, device="cpu", ranks=2)
+    expected, found = (store.artifact(spec.ref).manifest.figures for store in (one, two))
+    for name in ("loss", "ev", "l0"):
+        assert found[name] == pytest.approx(expected[name], rel=0.03), name
+    theirs = weights(two, spec.ref)
+    for name, value in weights(one, spec.ref).items():
+        assert float((theirs[name] - value).norm()) < 0.03 * float(value.norm()), name
+
+
 def test_two_ranks_give_the_same_bytes_again_and_a_forced_step_is_set_aside_once(trained):
     spec, _, two = trained
     ranks.run(spec, two, device="cpu", ranks=2, force=True)

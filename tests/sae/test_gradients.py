@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from stagediff.sae.batchtopk import kth_largest
 from stagediff.sae.dictionary import ARCHITECTURES, resolved
-from stagediff.sae.gradients import Context
+from stagediff.sae.gradients import Context, Gradient
+from stagediff.sae.sparse.pairs import Pairs
 from stagediff.sae.spec import DictionaryConfig
 
 B, D, F, K = 12, 6, 20, 4
@@ -27,6 +27,10 @@ def parameters(config: DictionaryConfig, seed: int = 0) -> dict[str, torch.Tenso
 
 def batch(seed: int = 1) -> torch.Tensor:
     return 2 * torch.randn(B, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def activations(outcome: Gradient) -> torch.Tensor:
+    return outcome.f.dense(F) if isinstance(outcome.f, Pairs) else outcome.f
 
 
 def pre_activations(p, x, config):
@@ -166,7 +170,8 @@ def test_reported_figures_are_those_of_the_batch(name):
     config = resolved(DictionaryConfig(architecture=name, features=F, k=K), D)
     p, x = parameters(config), batch()
     outcome = ARCHITECTURES[name].gradient(p, x, Context(config, 0.25, torch.float64))
-    f = outcome.f
+    f = activations(outcome)
+    assert torch.allclose(outcome.l0, (f > 0).double().sum(1).mean().to(outcome.l0))
     assert torch.allclose(outcome.error, squared_error(p, x, f))
     assert torch.equal(outcome.fired, (f > 0).any(0))
     expected = {"relu": (f * p["W_dec"].norm(dim=1)).sum(1).mean(), "jumprelu": (f > 0).double().sum(1).mean()}
@@ -178,17 +183,8 @@ def test_topk_keeps_exactly_k_where_values_tie():
     p = parameters(config)
     p["W_enc"][:] = 0
     p["b_enc"][:] = 1.0  # all pre-activations are equal
-    f = ARCHITECTURES["topk"].gradient(p, batch(), Context(config, 0.0, torch.float64)).f
+    f = activations(ARCHITECTURES["topk"].gradient(p, batch(), Context(config, 0.0, torch.float64)))
     assert (f > 0).sum(1).tolist() == [K] * B
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_the_histogram_finds_the_same_kth_value_as_sorting(seed):
-    values = torch.randn(40, 50, generator=torch.Generator().manual_seed(seed)).bfloat16().relu()
-    values[0, :3] = -0.0
-    positive = int((values > 0).sum())
-    for k in (1, 7, positive - 1, positive, positive + 5, values.numel()):
-        assert float(kth_largest(values, k)) == float(values.flatten().float().sort(descending=True).values[k - 1])
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -1,0 +1,1 @@
+"""Registers the evidence steps and the settings that add them to a run."""
