@@ -31,8 +31,10 @@ setup-dev: $(VENV)/.ready-dev
 demo: setup
 	$(BIN)/stagediff demo --store $(RUN_DEMO)
 
+# two files of tests at a time; TEST_PROCESSES=0 runs them one after the other
+TEST_PROCESSES ?= 2
 test: setup-dev
-	$(BIN)/python -m pytest -m "not integration and not soak"
+	$(BIN)/python -m pytest -m "not integration and not soak" -n $(TEST_PROCESSES) --dist loadfile
 
 check: setup-dev
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ from stagediff.errors import UserError
 
 __all__ = ["describe", "resolve_device", "reuse_freed_memory"]
 
-_VERSIONS = ("stagediff", "torch", "transformers", "zarr", "numpy", "pyarrow", "safetensors")
+_VERSIONS = ("stagediff", "torch", "transformers", "zarr", "numpy", "pyarrow", "safetensors", "numba", "triton")
 
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1

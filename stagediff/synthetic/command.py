@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stagediff.synthetic.diff_plan import DIFF_RUNGS
+from stagediff.synthetic.diff_rungs import DIFF_RUNGS
 from stagediff.synthetic.spec import RUNGS, world
 
 if TYPE_CHECKING:

@@ -3,14 +3,15 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from stagediff.synthetic.diff_plan import DIFF_RUNGS, diff_plan, diff_world
+from stagediff.synthetic.diff_plan import diff_plan
+from stagediff.synthetic.diff_rungs import DIFF_RUNGS, diff_world
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from stagediff.progress import Progress
     from stagediff.store import Store
-    from stagediff.synthetic.diff_plan import DiffRecipe
+    from stagediff.synthetic.diff_rungs import DiffRecipe
     from stagediff.synthetic.diff_spec import DiffWorld
 
 __all__ = ["diff_ladder", "diff_medians", "score_world", "shown"]

@@ -1,96 +1,26 @@
-"""The plan that scores the stage-wise diff on a planted world, and the ladder of worlds: rows, activations of the four cells, every stage, diff, aligned
-scores, the score. Everything from training on is what a run on real models does.
+"""The plan that scores the stage-wise diff on a planted world: rows, activations of the four cells, every stage, diff, aligned scores, the score.
+Everything from training on is what a run on real models does.
 """
 
 from typing import Literal
-
-from pydantic import Field
 
 from stagediff.diff.spec import ALIGNED_STAGES, PATHS, STAGES, AlignSpec, DiffSpec, NullSpec
 from stagediff.diff.stages import STAGE_DATA, STAGE_MODEL, STAGE_START
 from stagediff.lm.spec import ActivationData, CorpusSource, HookPoint, MixSpec, ModelSource, TokenizerSource
 from stagediff.plan import Plan
-from stagediff.sae.spec import Budget, DictionaryConfig, FinetuneSpec, StatisticsSpec, TrainSpec
-from stagediff.spec import Ref, Value
-from stagediff.synthetic.diff_spec import DiffWorld, PlantedDiffHarvestSpec, PlantedDiffSpec, PlantedDiffTokensSpec
-from stagediff.synthetic.diff_world import BLOCK_ROWS
+from stagediff.sae.spec import FinetuneSpec, StatisticsSpec, TrainSpec
+from stagediff.spec import Ref
+from stagediff.synthetic.diff_rungs import DiffRecipe
+from stagediff.synthetic.diff_spec import BLOCK_ROWS, DiffWorld, PlantedDiffHarvestSpec, PlantedDiffSpec, PlantedDiffTokensSpec
 from stagediff.synthetic.spec import PlantedTokenizerSpec
 
-__all__ = ["DIFF_RUNGS", "DiffRecipe", "diff_plan", "diff_world"]
+__all__ = ["diff_plan"]
 
 HOOK = HookPoint(layer=0, site="resid_post")
 """The name of a space; no model is behind it."""
 SHARD_ROWS = 16 * BLOCK_ROWS
 Data = Literal["base", "new"]
 Split = Literal["train", "heldout"]
-
-
-class DiffRecipe(Value):
-    """How the dictionaries are trained."""
-
-    dictionary: DictionaryConfig = DictionaryConfig(features=1024, l1=3.0)
-    train: Budget = Budget(tokens=6_144_000, batch=2048, lr=1e-3)
-    finetune: Budget = Budget(tokens=3_276_800, batch=2048, lr=3e-3)
-    """Of D, M, both F and the nulls; the direct finetune has twice of it."""
-    rows: int = Field(64_000, ge=1)
-    """Training rows, read as often as the budgets ask for."""
-    heldout_rows: int = Field(8192, ge=1)
-    alive_firings: int = 10
-    null_repeats: int = Field(1, ge=1)
-    """Of the retrain null; the first is the no-change control too."""
-
-
-_SMALL = DiffRecipe(dictionary=DictionaryConfig(features=512, l1=3.0), train=Budget(tokens=3_072_000, batch=2048, lr=1e-3), rows=32_000)
-_SMALL_WORLD: dict[str, float] = {
-    "d": 64,
-    "l0": 4.0,
-    "unchanged": 202,
-    "model_only": 20,
-    "data_only": 12,
-    "appears": 8,
-    "differs": 8,
-    "turns": 8,
-}
-_SAME_MODELS: dict[str, float] = {**_SMALL_WORLD, "appears": 0, "angle": 0.0, "model_angle": 0.0, "jitter": 0.0}
-_LARGE_WORLD: dict[str, float] = {
-    "d": 768,
-    "unchanged": 5000,
-    "model_only": 240,
-    "data_only": 144,
-    "appears": 96,
-    "differs": 96,
-    "turns": 96,
-}
-_LARGE = DiffRecipe(
-    dictionary=DictionaryConfig(features=16_384, l1=3.0),
-    train=Budget(tokens=49_152_000, batch=4096, lr=4e-4),
-    finetune=Budget(tokens=13_107_200, batch=4096, lr=1e-3),
-    rows=512_000,
-    heldout_rows=16_384,
-)
-_LONG = DiffRecipe(finetune=Budget(tokens=9_830_400, batch=2048, lr=1e-3))
-
-DIFF_RUNGS: dict[str, tuple[dict[str, float], DiffRecipe]] = {
-    "small": (_SMALL_WORLD, _SMALL),
-    "middle": ({}, DiffRecipe()),
-    "long": ({}, _LONG),
-    "close": ({"angle": 40.0}, DiffRecipe()),
-    "turned": ({"model_angle": 90.0}, DiffRecipe()),
-    "rotated": ({"common_rotation": 20.0}, DiffRecipe()),
-    "crowded": ({"unchanged": 804, "model_only": 80, "l0": 12.0}, DiffRecipe()),
-    "rare": ({"new_share": 0.01}, _LONG),
-    "large": (_LARGE_WORLD, _LARGE),
-    "identical": (_SAME_MODELS, _SMALL),
-}
-"""Rung -> what its world changes of DiffWorld's defaults, and its recipe: few dimensions; the usual world; the same with a longer and slower finetune;
-directions nearer to each other; model-only features that turn wholly; a common rotation; twice the features; one new row in a hundred; d 768. The last
-is a control: both models are one, so that nothing may be called (q), whatever the scores say.
-"""
-
-
-def diff_world(rung: str, seed: int) -> DiffWorld:
-    """The world of a rung of the ladder."""
-    return DiffWorld.model_validate({"seed": seed, **DIFF_RUNGS[rung][0]})
 
 
 def diff_plan(world: DiffWorld, recipe: DiffRecipe) -> Plan:

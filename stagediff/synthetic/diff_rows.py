@@ -9,8 +9,8 @@ import torch
 from stagediff.lm.harvest import chunk_rows
 from stagediff.lm.tokens import ROW_COLUMNS
 from stagediff.store.shards import from_bf16
-from stagediff.synthetic.diff_spec import PlantedDiffHarvestSpec, PlantedDiffTokensSpec
-from stagediff.synthetic.diff_world import BLOCK_ROWS, PlantedDiff
+from stagediff.synthetic.diff_spec import BLOCK_ROWS, PlantedDiffHarvestSpec, PlantedDiffTokensSpec
+from stagediff.synthetic.diff_world import PlantedDiff
 
 if TYPE_CHECKING:
     from stagediff.steps import Job

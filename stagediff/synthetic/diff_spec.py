@@ -19,8 +19,19 @@ from pydantic import Field, model_validator
 from stagediff.lm.spec import HarvestSpec, TokensSpec
 from stagediff.spec import Ref, Spec, Value
 
-__all__ = ["CLASSES", "TARGETS", "DiffMeasures", "DiffWorld", "PlantedDiffHarvestSpec", "PlantedDiffSpec", "PlantedDiffTokensSpec"]
+__all__ = [
+    "BLOCK_ROWS",
+    "CLASSES",
+    "TARGETS",
+    "DiffMeasures",
+    "DiffWorld",
+    "PlantedDiffHarvestSpec",
+    "PlantedDiffSpec",
+    "PlantedDiffTokensSpec",
+]
 
+BLOCK_ROWS = 256
+"""Rows whose random numbers are drawn together."""
 TARGETS = ("appears", "differs", "turns")
 CLASSES = ("unchanged", "model only", "data only", *TARGETS)
 

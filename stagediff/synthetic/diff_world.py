@@ -11,12 +11,10 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from stagediff.synthetic.diff_spec import DiffWorld
+from stagediff.synthetic.diff_spec import BLOCK_ROWS, DiffWorld
 
-__all__ = ["BLOCK_ROWS", "PlantedDiff"]
+__all__ = ["PlantedDiff"]
 
-BLOCK_ROWS = 256
-"""Rows whose random numbers are drawn together."""
 FLAT = 10
 RARE = 0.001
 """How often `turns` features fire on base data, per token."""

@@ -18,6 +18,11 @@ from infra.server.folder import MARK, ServerError, end_leftovers, lock
 from infra.server.plain import Server, is_loopback, main
 
 
+def heed_interrupts() -> None:
+    """Undoes what a shell does to the programs that it starts in the background: PostgreSQL heeds SIGINT anyway, a shell that stands in for it would not."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start(tmp_path) -> Iterator:
     """Starts a shell that waits for its end, under the name and with the arguments and environment given."""
@@ -25,7 +30,16 @@ def start(tmp_path) -> Iterator:
 
     def shell(*line: str, code: str = "read -r word", **env: str) -> subprocess.Popen:
         command = [line[0], "-c", f"{code}; true", *line[1:]]
-        made.append(subprocess.Popen(command, executable="/bin/bash", env=os.environ | env, stdin=subprocess.PIPE, start_new_session=True))
+        made.append(
+            subprocess.Popen(
+                command,
+                executable="/bin/bash",
+                env=os.environ | env,
+                stdin=subprocess.PIPE,
+                start_new_session=True,
+                preexec_fn=heed_interrupts,
+            )
+        )
         return made[-1]
 
     yield shell

@@ -23,7 +23,8 @@ from stagediff.synthetic import command as module
 from stagediff.synthetic import diff_ladder
 from stagediff.synthetic.diff_judge import SCORES
 from stagediff.synthetic.diff_ladder import diff_medians, score_world
-from stagediff.synthetic.diff_plan import DIFF_RUNGS, DiffRecipe, diff_plan, diff_world
+from stagediff.synthetic.diff_plan import diff_plan
+from stagediff.synthetic.diff_rungs import DIFF_RUNGS, DiffRecipe, diff_world
 from stagediff.synthetic.diff_spec import DiffWorld, PlantedDiffHarvestSpec
 from stagediff.synthetic.diff_world import PlantedDiff
 

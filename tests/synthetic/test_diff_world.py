@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 from scipy.linalg import expm, logm
 
-from stagediff.synthetic.diff_plan import DIFF_RUNGS, diff_world
+from stagediff.synthetic.diff_rungs import DIFF_RUNGS, diff_world
 from stagediff.synthetic.diff_spec import CLASSES, TARGETS, DiffWorld
 from stagediff.synthetic.diff_world import BLOCK_ROWS, PlantedDiff
 

@@ -69,6 +69,8 @@ def save(tmp_path: Path, _saved: Callable[[int, str | None], Path]) -> Callable[
     ) -> Path:
         place = tmp_path / folder.replace("{step}", str(step))
         shutil.copytree(_saved(step if seed is None else seed, shard), place)
+        for file in place.iterdir():  # written now, and not when the model was first saved
+            file.touch()
         if done:
             (place / "trainer_state.json").write_text(json.dumps({"global_step": step}))
         return place
