@@ -167,7 +167,11 @@ def _key_figures(store: Store, nodes: Mapping[str, Ref], diff: Artifact) -> Tabl
                 f"{_three(a.get('average_precision_published_x_y'))} by x + y on the same {number(a['pairs'])} pairs",
             )
         if a.get("births_saturated") is False:
-            said = f"births have not saturated (coverage {_percent(a['coverage_F_D'])} and {_percent(a['coverage_F_M'])}): finetune longer"
+            shares = " and ".join(
+                f"{_percent(a[f'coverage_{path}'])} of the other path's {a[f'newborn_new_{other}']}"
+                for path, other in (("F_D", "F_M"), ("F_M", "F_D"))
+            )
+            said = f"births have not saturated: the paths have {shares} newborns that carry the new data; finetune longer"
             grid.add_row("warning", Text(said, style="yellow"))
     return grid
 
