@@ -231,7 +231,7 @@ def test_threads_and_repetition_change_no_byte(architecture, planted, reader):
     states = []
     for threads in (1, 2, 8, 8):
         torch.set_num_threads(threads)
-        trainer, errors = trained(NumbaKernels(), data, architecture, torch.bfloat16, 60)
+        trainer, errors = trained(NumbaKernels(), data, architecture, torch.bfloat16, 30)
         states.append(trainer.state() | {"errors": errors})
     for other in states[1:]:
         assert all(torch.equal(value, other[name]) for name, value in states[0].items())
