@@ -15,6 +15,7 @@ from numba.extending import intrinsic as typed_intrinsic
 __all__ = ["jitted", "narrowed", "widened"]
 
 log = logging.getLogger("stagediff")
+_said = False  # that compiled kernels are not kept
 
 
 def jitted(function: Callable[..., Any]) -> Any:
@@ -23,7 +24,7 @@ def jitted(function: Callable[..., Any]) -> Any:
     Sums may be reordered into vector lanes, always in the same way; NaN and infinity stay what they are.
     """
     global _said
-    options = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "nsz", "contract"}}
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "nsz", "contract"}}
     try:
         return njit(cache=True, **options)(function)
     except RuntimeError as error:  # there is no place to keep it
@@ -35,8 +36,6 @@ def jitted(function: Callable[..., Any]) -> Any:
         _said = True
         return njit(**options)(function)
 
-
-_said = False
 
 intrinsic: Any = typed_intrinsic
 """Its typed form does not say that the first argument is numba's."""
