@@ -7,7 +7,7 @@ The peers want an environment of their own: `python -m venv ENV && ENV/bin/pip i
 torch. Activations are sparse mixtures of more directions than the dictionary has features, with Zipf frequencies and noise, of mean norm sqrt(d); decoder and
 encoder start tied at the same random unit rows, b_dec at the data's mean. One line of JSON per run: tokens per second of the median step, FVU on held-out
 activations after all steps, and the memory used beyond data and imports (GPU: peak allocated). With --peers-python at the end a table of medians over the
-rounds. A contestant that fails says so and the others go on.
+rounds. A contestant that fails says so and the others go on. On a busy machine `--threads 1 --processor-time` counts the seconds that each computed.
 """
 
 import argparse
@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--processor-time", action="store_true", help="of all threads, so with --threads 1")
     parser.add_argument("--one", help="LIBRARY:VARIANT, in this process; ours is stagediff:bf16 or stagediff:fp32")
     parser.add_argument("--peers-python", help="the interpreter of the peers' environment")
     parser.add_argument("--rounds", type=int, default=3)
@@ -79,7 +80,18 @@ def main() -> None:
 
 def in_own_process(name: str, given: argparse.Namespace) -> dict[str, Any]:
     python = sys.executable if name.startswith("stagediff") else given.peers_python or sys.executable
-    options = ["--case", given.case, "--steps", str(given.steps), "--device", given.device, "--threads", str(given.threads), "--one", name]
+    options = ["--processor-time"] * given.processor_time + [
+        "--case",
+        given.case,
+        "--steps",
+        str(given.steps),
+        "--device",
+        given.device,
+        "--threads",
+        str(given.threads),
+        "--one",
+        name,
+    ]
     done = subprocess.run([python, str(Path(__file__).resolve()), *options], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     return json.loads(lines[-1]) if lines else {"contestant": name, "failed": done.stderr.strip().splitlines()[-1:] or done.returncode}
@@ -110,7 +122,7 @@ def one(given: argparse.Namespace) -> dict[str, Any]:
         prepare = PREPARE[library](case, variant, given)  # imports
         batches = activations(case, given.device, min(POOL, given.steps) + HELDOUT)
         pool, heldout = batches[HELDOUT:], batches[:HELDOUT]
-        clock = Clock(pool, given.steps, given.device)
+        clock = Clock(pool, given.steps, given.device, time.process_time if given.processor_time else time.perf_counter)
         with Memory(given.device) as memory:
             evaluate = prepare(clock, start(case, pool))
         taken = clock.seconds()
@@ -154,8 +166,8 @@ def start(case: dict[str, Any], pool: list[Tensor]) -> dict[str, Tensor]:
 class Clock:
     """The batches in order, with the time at which each was asked for."""
 
-    def __init__(self, pool: list[Tensor], steps: int, device: str):
-        self._pool, self.steps, self._device = pool, steps, device
+    def __init__(self, pool: list[Tensor], steps: int, device: str, now: Callable[[], float]):
+        self._pool, self.steps, self._device, self._now = pool, steps, device, now
         self._stamps: list[float] = []
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -169,7 +181,7 @@ class Clock:
     def _stamp(self) -> None:
         if self._device.startswith("cuda"):
             torch.cuda.synchronize()
-        self._stamps.append(time.perf_counter())
+        self._stamps.append(self._now())
 
     def seconds(self) -> list[float]:
         """Of each step, without the first tenth."""

@@ -5,8 +5,9 @@
 
 Prints one line of JSON: tokens per second of the median and the best step (on a busy machine only the best means much), of the floor, and the
 share of the floor that the training reaches. relu, jumprelu: the floor is the five matrix products of a dense step. topk, batchtopk: every set of
-kernels that works here takes turns, step by step; the floor is the encoder's product and a copy of as many bytes as Adam reads and writes. Data are
-in memory; nothing is read.
+kernels that works here takes turns, step by step, and with topk the dense algebra in torch beside them; the floor is the encoder's product and a copy of
+as many bytes as Adam reads and writes. Data are in memory; nothing is read. On a busy machine `--threads 1 --processor-time` counts the seconds that
+this process computed.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from gpu_train import dense_step
 from torch import Tensor
 
 from stagediff.numerics import reuse_freed_memory
@@ -43,6 +45,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compute", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--processor-time", action="store_true", help="of all threads, so with --threads 1")
     a = parser.parse_args()
     vars(a).update(CASES.get(a.case, {}))
     torch.set_num_threads(a.threads)
@@ -54,8 +57,11 @@ def main() -> None:
     works = {
         name: stepping(a, dtype, kernels, data) for name, kernels in (kernels_here(a.device, dtype) if is_sparse else {"": None}).items()
     }
+    if a.architecture == "topk" and dtype == torch.bfloat16:
+        dense = dense_step(a.d, a.features, a.k, torch.device(a.device))
+        works["dense"] = lambda i: dense(data[i % len(data)].float())
     floor = sparse_floor(a.batch, a.d, a.features, dtype, a.device) if is_sparse else products(a.batch, a.d, a.features, dtype, a.device)
-    *taken, bound = alternating([*works.values(), floor], a.steps, a.device)
+    *taken, bound = alternating([*works.values(), floor], a.steps, a.device, time.process_time if a.processor_time else time.perf_counter)
     found = {name: speeds(a.batch, times, min(bound)) for name, times in zip(works, taken, strict=True)}
     print(
         json.dumps(
@@ -95,17 +101,19 @@ def seconds(work: Callable[[int], object], times: int, device: str) -> list[floa
     return alternating([work], times, device)[0]
 
 
-def alternating(works: list[Callable[[int], object]], times: int, device: str) -> list[list[float]]:
+def alternating(
+    works: list[Callable[[int], object]], times: int, device: str, clock: Callable[[], float] = time.perf_counter
+) -> list[list[float]]:
     """Seconds of each call of each work, one call of each in turn, after a tenth of warm-up calls."""
     taken: list[list[float]] = [[] for _ in works]
     for i in range(-max(3, times // 10), times):
         for work, times_of_work in zip(works, taken, strict=True):
-            begin = time.perf_counter()
+            begin = clock()
             work(i)
             if device.startswith("cuda"):
                 torch.cuda.synchronize()
             if i >= 0:
-                times_of_work.append(time.perf_counter() - begin)
+                times_of_work.append(clock() - begin)
     return taken
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from stagediff.errors import UserError
 
-__all__ = ["describe", "resolve_device", "reuse_freed_memory"]
+__all__ = ["describe", "has_bf16_products", "resolve_device", "reuse_freed_memory"]
 
-_VERSIONS = ("stagediff", "torch", "transformers", "zarr", "numpy", "pyarrow", "safetensors", "numba", "triton")
+_VERSIONS = ("stagediff", "torch", "transformers", "zarr", "numpy", "numba", "triton", "pyarrow", "safetensors")
 
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
@@ -50,6 +50,17 @@ def resolve_device(device: str) -> str:
     return device
 
 
+def has_bf16_products(device: str) -> bool:
+    """Whether the device multiplies matrices in bf16 itself. x86 without AVX512-BF16 or AMX does not, and what stands in for it there takes
+    several times as long as fp32. Trainings compute in fp32 then: the same to bf16's rounding, and sooner.
+    """
+    import torch
+
+    if not device.startswith("cpu") or platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def describe(device: str) -> dict[str, Any]:
     """Device kind, threads and library versions. Two runs of one spec give the same bytes when these agree."""
     import torch
@@ -63,6 +74,7 @@ def describe(device: str) -> dict[str, Any]:
     kind = torch.cuda.get_device_name(device) if device.startswith("cuda") else torch.backends.cpu.get_cpu_capability()
     return {
         "device": kind,
+        "bf16_products": has_bf16_products(device),
         "threads": torch.get_num_threads(),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "machine": platform.machine(),

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from stagediff.errors import UserError
 from stagediff.lm.activations import ActivationReader
+from stagediff.numerics import has_bf16_products
 from stagediff.sae.batches import Activations, Order, batches, shard_sizes
 from stagediff.sae.dictionary import SAE
 from stagediff.sae.gradients import Gradient
@@ -131,7 +132,8 @@ def _trainer(spec: TrainSpec | FinetuneSpec, sae: SAE) -> Trainer:
     team = Team()
     team.check(sae.architecture, spec.budget.batch)
     anchor = spec.anchor if isinstance(spec, FinetuneSpec) else 0.0
-    return Trainer(sae, spec.budget, _steps(spec), isinstance(spec, TrainSpec), _dtype(spec.compute), anchor, team)
+    dtype = _dtype(spec.compute, sae.W_dec.device)
+    return Trainer(sae, spec.budget, _steps(spec), isinstance(spec, TrainSpec), dtype, anchor, team)
 
 
 def _begin(spec: TrainSpec | FinetuneSpec, job: Job, data: Activations) -> tuple[Trainer, _Record]:
@@ -249,10 +251,12 @@ def _train(spec: TrainSpec | FinetuneSpec, job: Job, trainer: Trainer, data: Act
                 task.note = f"loss {rows[-1][2]:.3g} ev {rows[-1][5]:.3f}"
             task.advance(len(x))
             if step % keep == 0 and step < steps:
-                _require_finite(float(outcome.loss), step)
+                _require_finite(float(outcome.loss), trainer)
                 job.writer.training.save(step, {**trainer.state(), **record.tensors()}, record.figures)
     seconds = time.perf_counter() - begin
     done = (steps - first) * budget.batch
+    if trainer.kernels:
+        job.notes.update(kernels=trainer.kernels)
     job.notes.update(tokens_this_run=done, training_seconds=round(seconds, 3), tokens_per_second=round(done / seconds) if done else 0)
 
 
@@ -269,16 +273,20 @@ def _row(trainer: Trainer, x: Tensor, outcome: Gradient) -> list[float]:
     l0 = trainer.team.mean(outcome.l0)
     values = torch.stack([v.double() for v in (outcome.loss, outcome.error, outcome.sparsity, variance, l0, trainer.silent_share())])
     loss, error, sparsity, total, active, dead = values.tolist()
-    _require_finite(loss, trainer.step)
+    _require_finite(loss, trainer)
     mse = error / scale**2
     return [trainer.step, trainer.step * trainer.budget.batch, loss, mse, sparsity, explained_variance(mse, total), active, dead]
 
 
-def _require_finite(loss: float, step: int) -> None:
+def _require_finite(loss: float, trainer: Trainer) -> None:
+    advice = "lower the learning rate (budget.lr), keep the gradient clip on (budget.clip), or compute in fp32."
     if not abs(loss) < float("inf"):
         raise UserError(
-            f"The training loss became {loss} by step {step}, although the activations are finite. A finite loss was expected: "
-            "lower the learning rate (budget.lr), keep the gradient clip on (budget.clip), or compute in fp32."
+            f"The training loss became {loss} by step {trainer.step}, although the activations are finite. A finite loss was expected: {advice}"
+        )
+    if not trainer.is_finite():
+        raise UserError(
+            f"Weights became NaN or infinite by step {trainer.step}, although the loss is finite. Finite ones were expected: {advice}"
         )
 
 
@@ -312,5 +320,6 @@ def _revived(rows: list[list[float]]) -> pd.DataFrame:
     return frame.astype({"step": "int64", "feature": "int64", "token": "int64", "token_loss": "float64"})
 
 
-def _dtype(compute: str) -> torch.dtype:
-    return torch.bfloat16 if compute == "bf16" else torch.float32
+def _dtype(compute: str, device: torch.device) -> torch.dtype:
+    """Of the matrix products: fp32 where bf16 ones would take longer."""
+    return torch.bfloat16 if compute == "bf16" and has_bf16_products(str(device)) else torch.float32

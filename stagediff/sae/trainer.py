@@ -87,6 +87,18 @@ class Trainer:
         return outcome
 
     @property
+    def kernels(self) -> str:
+        """Who computes the sparse steps: reference, numba or triton; empty where steps are dense."""
+        return self._engine.kernels.name if isinstance(self._engine, sparse.Engine) else ""
+
+    def is_finite(self) -> bool:
+        """Whether all weights are. Waits for the device.
+
+        The loss does not tell: a sparse step takes what is positive, so that a feature with NaN weights may just be silent.
+        """
+        return bool(torch.stack([value.sum() for value in self.parameters.values()]).isfinite().all())
+
+    @property
     def input_scale(self) -> float:
         return self._sae.input_scale
 

@@ -1,5 +1,6 @@
 """The Triton kernels against plain torch, in Triton's interpreter: what they compute, on a machine without a GPU.
 
+Skipped where Triton is not installed: it comes with PyTorch's CUDA builds, not with its CPU builds (there `pip install triton` brings it).
 How fast they are, that they compile, and that they give the same bytes twice is checked on a GPU by benchmarks/gpu_train.py."""
 
 import importlib.util
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 if importlib.util.find_spec("triton") is None:
-    pytest.skip("Triton is not installed (pip install triton)", allow_module_level=True)
+    pytest.skip("Triton is not installed; PyTorch's CPU builds come without it (pip install triton)", allow_module_level=True)
 if torch.cuda.is_available():
     pytest.skip("there is a GPU: run benchmarks/gpu_train.py", allow_module_level=True)
 os.environ["TRITON_INTERPRET"] = "1"
@@ -66,8 +67,8 @@ def test_the_largest_are_those_of_plain_torch(kernels, dtype, n, F, k):
 @pytest.mark.parametrize("compute", [torch.bfloat16, torch.float32])
 def test_gradients_and_update_are_those_of_plain_torch(kernels, architecture, compute):
     """With AuxK, an anchor, and a feature with more pairs than one program adds up. The interpreter cuts bf16 off instead of rounding."""
-    d, F, k, n = 20, 50, 4, 150
-    dead = torch.tensor([3, 4, 20, 49])
+    d, F, k, n = 12, 20, 4, 90
+    dead = torch.tensor([3, 4, 10, 19])
     x = torch.randn(n, d, generator=torch.Generator().manual_seed(1))
     x[:, 0] += 4
     engines, outcomes = [], []

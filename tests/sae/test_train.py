@@ -156,6 +156,22 @@ def test_a_loss_that_runs_away_is_an_error_that_names_the_step(store, run, store
         run(spec)
 
 
+def test_weights_that_are_lost_without_a_trace_in_the_loss_are_an_error(store, run, stored, planted, monkeypatch):
+    monkeypatch.setattr("stagediff.sae.trainer.Trainer.is_finite", lambda self: self.step < 3)
+    with pytest.raises(UserError, match="Weights became NaN or infinite by step 3"):
+        run(spec_of(stored(store, planted(1024, D, 32)[0])))
+
+
+def test_bf16_is_fp32_where_the_processor_has_no_bf16_products(store, run, stored, planted, monkeypatch):
+    data = stored(store, planted(1024, D, 32)[0])
+    in_fp32 = run(spec_of(data, compute="fp32"))
+    monkeypatch.setattr("stagediff.numerics.has_bf16_products", lambda device: False)
+    monkeypatch.setattr("stagediff.sae.train.has_bf16_products", lambda device: False)
+    in_bf16 = run(spec_of(data, compute="bf16"))
+    assert in_bf16.manifest.numerics["bf16_products"] is False
+    assert in_bf16.read_bytes(WEIGHTS) == in_fp32.read_bytes(WEIGHTS)
+
+
 def test_more_tokens_than_there_are_means_reading_again(store, run, stored, planted):
     x, _ = planted(512, D, 32)
     assert run(spec_of(stored(store, x), tokens=64 * 50)).manifest.figures["tokens"] == 3200

@@ -159,7 +159,8 @@ class NumbaKernels:
         waiting = [self._pool.submit(work) for _ in range(others)] if self._pool is not None else []
         work()
         for future in waiting:
-            future.result()
+            if not future.cancel():  # on a busy machine it may not have begun, and there is nothing left to do
+                future.result()
 
 
 def _kth_largest(keys: np.ndarray, k: int) -> np.ndarray:

@@ -3,6 +3,8 @@
 The conversions are written as LLVM instructions, so that loops over them become vector loops.
 """
 
+import logging
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -12,8 +14,28 @@ from numba.extending import intrinsic as typed_intrinsic
 
 __all__ = ["jitted", "narrowed", "widened"]
 
-jitted: Any = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nsz", "contract"})
-"""Compiled at the first call and kept on disk. Sums may be reordered into vector lanes, always in the same way; NaN and infinity stay what they are."""
+log = logging.getLogger("stagediff")
+_said = False  # that compiled kernels are not kept
+
+
+def jitted(function: Callable[..., Any]) -> Any:
+    """Compiled at the first call and kept on disk: beside this file, else in the user's cache folder or NUMBA_CACHE_DIR.
+
+    Sums may be reordered into vector lanes, always in the same way; NaN and infinity stay what they are.
+    """
+    global _said
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "nsz", "contract"}}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError as error:  # there is no place to keep it
+        if not _said:
+            log.warning(
+                "Compiled kernels are not kept, so that every process compiles them anew: %s. Set NUMBA_CACHE_DIR to a writable folder.",
+                error,
+            )
+        _said = True
+        return njit(**options)(function)
+
 
 intrinsic: Any = typed_intrinsic
 """Its typed form does not say that the first argument is numba's."""

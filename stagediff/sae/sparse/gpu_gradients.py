@@ -230,8 +230,9 @@ def _row(
     if HAS_MORE:
         s = tl.load(slot + f).to(tl.int64)
         at = s * d + column
-        dec += tl.load(more_dec + at, mask=inside & (s >= 0), other=0.0)
-        enc += tl.load(more_enc + at, mask=inside & (s >= 0), other=0.0)
+        read = column < tl.where(s >= 0, d, 0)  # (Triton 3.9's interpreter refuses a mask from a scalar condition)
+        dec += tl.load(more_dec + at, mask=read, other=0.0)
+        enc += tl.load(more_enc + at, mask=read, other=0.0)
         bias += tl.load(more_b + s, mask=s >= 0, other=0.0)
     if UNIT:
         w = tl.load(W_dec + f * d + column, mask=inside, other=0.0)
