@@ -78,7 +78,6 @@ class Server:
             "PREFECT_API_URL": f"{self.url}/api",
             "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
             "PREFECT_WORKER_QUERY_SECONDS": "1",
             "OMP_NUM_THREADS": str(torch.get_num_threads()),  # as in the runs that bytes are compared with
             **extra,
@@ -87,7 +86,7 @@ class Server:
         self._process: _Process | None = None
 
     def start(self) -> None:
-        command = [PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(self.port)]
+        command = [sys.executable, "-m", "infra.server.sqlite", "--host", "127.0.0.1", "--port", str(self.port)]
         self._process = _Process(command, self.environment, self.home / "server.log")
         until(self._is_up, f"server up, see {self.home}/server.log", seconds=240)
 
