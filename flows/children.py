@@ -171,14 +171,14 @@ class Children:
     @staticmethod
     def _as_it_was(child: Child, past: Past) -> Child | None:
         """The child with the state that a late report has taken the place of set again; None where no such thing has happened."""
-        state = child.run.state
-        if past.overwritten is None or state is None:
+        state, overwritten = child.run.state, past.overwritten
+        if overwritten is None or state is None:
             return None
         with get_client(sync_client=True) as client:
             now = patiently(lambda: client.read_flow_run(child.run.id))
             if now.state is not None and now.state.id == state.id:  # it has not moved on by itself
-                log.info("%s: the crash that was reported is an earlier start's; it goes on (%s)", now.name, past.overwritten.name)
-                patiently(lambda: client.set_flow_run_state(now.id, as_it_was(past.overwritten), force=True))
+                log.info("%s: the crash that was reported is an earlier start's; it goes on (%s)", now.name, overwritten.name)
+                patiently(lambda: client.set_flow_run_state(now.id, as_it_was(overwritten), force=True))
                 now = patiently(lambda: client.read_flow_run(child.run.id))
         return Child(child.piece, now)
 

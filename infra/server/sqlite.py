@@ -1,40 +1,44 @@
-"""Prefect server on SQLite, for one person on this machine: `prefect server start` without a stall of its database driver.
+"""Prefect server on SQLite, for one person on this machine: `prefect server start` with what stalls it under load mended.
 
     python -m infra.server.sqlite [--host 127.0.0.1] [--port 4200]
 
-The stall: a statement that fails ("database is locked" is common) leaves its cursor open, in a cycle with the error's traceback: SQLAlchemy 2.0.58's
-`AsyncAdapt_aiosqlite_cursor.execute` closes it only where it succeeds. Python's garbage collector meets it later, on the server's event loop, and
-resets its statement (sqlite3_reset). That waits for the connection, which another request may be using by then to wait for the write lock; and who
-has the lock can't commit, for the event loop stands. So nothing at all is answered until SQLite gives up, after the 60 seconds that Prefect 3.8.8 sets
-(PRAGMA busy_timeout). Here a cursor is closed where its statement fails, by the thread that runs it. A server on PostgreSQL has no such thing.
+Two things, found with Prefect 3.8.8, SQLAlchemy 2.0.58 and aiosqlite 0.22.1; a server on PostgreSQL has neither.
 
-Unless the environment says otherwise, slots' leases are kept in files, so that none is lost when the server is started anew, and no run is marked as
-late: steps that wait for a GPU are not, and on SQLite each of the service's transactions fails that meets another one's (it reads first and writes
-later), some twenty a second where a hundred steps wait.
+A transaction that reads and then writes fails at once ("database is locked") where another one has written in between: Prefect begins most of them
+DEFERRED. The server answers 503, clients ask again some times, and a worker that has given up calls its run crashed. Here they begin IMMEDIATE: they wait
+for each other.
+
+A statement that fails leaves its cursor open, in a cycle with the error's traceback: `AsyncAdapt_aiosqlite_cursor.execute` closes it only where it
+succeeds. Python's garbage collector meets it later, on the server's event loop, and resets its statement (sqlite3_reset). That waits for the connection,
+which another request may be using by then to wait for the write lock; and who has the lock can't commit, for the event loop stands. So nothing at all
+is answered until SQLite gives up, after the 60 seconds that Prefect sets (PRAGMA busy_timeout). Here a cursor is closed where its statement fails, by
+the thread that runs it.
+
+Unless the environment says otherwise, slots' leases are kept in files, so that none is lost when the server is started anew.
 """
 
 import os
+import runpy
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import aiosqlite
 
-__all__ = ["close_failed_cursors", "main"]
+__all__ = ["main", "mend"]
 
-ENVIRONMENT = {
-    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
-    "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",
-}
+LEASES = "prefect.server.concurrency.lease_storage.filesystem"
 
 
-def close_failed_cursors() -> None:
-    """From now on aiosqlite closes a cursor whose statement fails, in the connection's own thread."""
-    aiosqlite.Cursor._execute = _execute  # type: ignore[method-assign]
+def mend() -> None:
+    """From now on aiosqlite begins no transaction DEFERRED, and closes a cursor whose statement fails, in the connection's own thread."""
+    aiosqlite.Cursor._execute = _execute  # type: ignore
 
 
 async def _execute(self: Any, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """In place of `aiosqlite.Cursor._execute`: runs the function on the connection's thread."""
+    if args[:1] == ("BEGIN DEFERRED",):
+        args = ("BEGIN IMMEDIATE", *args[1:])
 
     def in_its_thread() -> Any:
         try:
@@ -53,13 +57,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(
             f"{refused[0]} would start other processes, which lack what this one mends. Leave it out, or: nohup python -m infra.server.sqlite &"
         )
-    for name, value in ENVIRONMENT.items():  # before Prefect is imported: it reads them once
-        os.environ.setdefault(name, value)
-    close_failed_cursors()
-    from prefect.cli import app
-
+    os.environ.setdefault("PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE", LEASES)  # before Prefect is imported: it reads them once
+    mend()
     sys.argv = ["prefect", "server", "start", *given]
-    app()
+    runpy.run_module("prefect", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":
