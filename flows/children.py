@@ -34,7 +34,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import AwaitingRetry, Cancelling
 from prefect.utilities.urls import url_for
 
-from flows.crashes import Past, as_it_was, past_of
+from flows.crashes import Past, past_of, take_back
 from flows.names import run_name, tags
 from stagediff import steps
 from stagediff.errors import UserError
@@ -130,7 +130,7 @@ class Children:
                 return Child(piece, patiently(partial(self._make, piece, key)))
             child = Child(piece, found)
             if child.is_final and not child.is_completed:
-                return self._as_it_was(child, self._past(child)) or self.retry(child)
+                return self._goes_on(child, self._past(child)) or self.retry(child)
             if not child.is_completed or is_there:
                 return child
             again += 1  # it did its part, and what it made has been dropped or moved since
@@ -142,7 +142,7 @@ class Children:
         """
         assert child.run.state is not None
         past = self._past(child)
-        if goes_on := self._as_it_was(child, past):
+        if goes_on := self._goes_on(child, past):
             return goes_on
         if past.may_run_again():
             return self.retry(child)
@@ -169,18 +169,12 @@ class Children:
             return patiently(partial(past_of, client, child.run))
 
     @staticmethod
-    def _as_it_was(child: Child, past: Past) -> Child | None:
-        """The child with the state that a late report has taken the place of set again; None where no such thing has happened."""
-        state, overwritten = child.run.state, past.overwritten
-        if overwritten is None or state is None:
-            return None
+    def _goes_on(child: Child, past: Past) -> Child | None:
+        """The child as it was before a late report took its state's place; None where no such thing has happened."""
         with get_client(sync_client=True) as client:
-            now = patiently(lambda: client.read_flow_run(child.run.id))
-            if now.state is not None and now.state.id == state.id:  # it has not moved on by itself
-                log.info("%s: the crash that was reported is an earlier start's; it goes on (%s)", now.name, overwritten.name)
-                patiently(lambda: client.set_flow_run_state(now.id, as_it_was(overwritten), force=True))
-                now = patiently(lambda: client.read_flow_run(child.run.id))
-        return Child(child.piece, now)
+            if not patiently(partial(take_back, client, child.run, past)):
+                return None
+            return Child(child.piece, patiently(lambda: client.read_flow_run(child.run.id)))
 
     @staticmethod
     def _settle(child: Child) -> None:

@@ -11,13 +11,16 @@ word is taken for that one's, however late it comes, and the state that it took 
 ever came, and it is this start that has crashed), nothing beats the run's heart any more, and the janitor finds it.
 """
 
+import logging
 from typing import NamedTuple
 
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.states import AwaitingRetry
 
-__all__ = ["CRASHES", "JANITOR", "Past", "as_it_was", "past_of"]
+__all__ = ["CRASHES", "JANITOR", "Past", "past_of", "take_back"]
+
+log = logging.getLogger("stagediff")
 
 CRASHES = 3
 """How often a run may crash before nothing but a person starts it again."""
@@ -44,8 +47,18 @@ def past_of(client: SyncPrefectClient, run: FlowRun) -> Past:
     return _past(sorted(client.read_flow_run_states(run.id), key=_time))
 
 
-def as_it_was(overwritten: State) -> State:
-    """The state to set in place of a late report."""
+def take_back(client: SyncPrefectClient, run: FlowRun, past: Past) -> bool:
+    """Sets the state again that a late report has taken the place of, unless the run has moved on since it was read. False where there is no such report."""
+    if past.overwritten is None:
+        return False
+    now = client.read_flow_run(run.id)
+    if now.state is not None and run.state is not None and now.state.id == run.state.id:
+        log.info("%s: the crash that was reported is an earlier start's; it goes on (%s)", run.name, past.overwritten.name)
+        client.set_flow_run_state(run.id, _as_it_was(past.overwritten), force=True)
+    return True
+
+
+def _as_it_was(overwritten: State) -> State:
     message = "the late report of an earlier start's crash had taken this state's place"
     if overwritten.is_scheduled():
         return AwaitingRetry(message=message)

@@ -30,7 +30,7 @@ from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import AwaitingRetry, Crashed
 from pydantic import Field
 
-from flows.crashes import CRASHES, JANITOR, as_it_was, past_of
+from flows.crashes import CRASHES, JANITOR, past_of, take_back
 from flows.names import RETRY_TAG
 from flows.pools import type_of
 
@@ -74,9 +74,11 @@ def janitor(
 def _start_again(client: SyncPrefectClient, run: FlowRun, runs: int) -> bool:
     log = get_run_logger()
     past = past_of(client, run)
-    if past.overwritten is not None:
-        if _set(client, run, as_it_was(past.overwritten), force=True):
-            log.info("%s: the crash that was reported is an earlier start's; it goes on", run.name)
+    try:
+        if take_back(client, run, past):
+            return False
+    except (ObjectNotFound, PrefectHTTPStatusError) as refused:
+        log.warning("the late report of a crash of %s cannot be taken back: %s", run.name, refused)
         return False
     if not past.may_run_again(runs):
         why = "was cancelled" if past.was_cancelled else f"crashed {past.crashes} times"
@@ -142,10 +144,10 @@ def _is_older(run: FlowRun, before: datetime) -> bool:
     return run.state is not None and run.state.timestamp is not None and run.state.timestamp < before
 
 
-def _set(client: SyncPrefectClient, run: FlowRun, state: State, force: bool = False) -> bool:
+def _set(client: SyncPrefectClient, run: FlowRun, state: State) -> bool:
     """Whether the server took the state. A run that was deleted or has moved on meanwhile is no reason to leave the others."""
     try:
-        return client.set_flow_run_state(run.id, state, force=force).status is SetStateStatus.ACCEPT
+        return client.set_flow_run_state(run.id, state, force=False).status is SetStateStatus.ACCEPT
     except (ObjectNotFound, PrefectHTTPStatusError) as refused:
         get_run_logger().warning("%s cannot be set to %s: %s", run.name, state.name, refused)
         return False

@@ -34,7 +34,7 @@ from prefect.states import AwaitingRetry
 from prefect.utilities.urls import url_for
 
 from flows.children import SETTLE, patiently
-from flows.crashes import as_it_was, past_of
+from flows.crashes import past_of, take_back
 from flows.deployments import ENVIRONMENT
 from flows.names import CHECKPOINT, RETRY_TAG, training
 from flows.places import absolute, check_store
@@ -157,8 +157,7 @@ class _Pipelines:
                 return f"checkpoint {due.step}: {due.missing} steps to run, {made.name} started ({_page(made)})"
             if found.state is not None and found.state.is_crashed():
                 past = patiently(partial(past_of, client, found))
-                if past.overwritten is not None:
-                    patiently(partial(client.set_flow_run_state, found.id, as_it_was(past.overwritten), force=True))
+                if patiently(partial(take_back, client, found, past)):
                     return f"{found.name} is on its way ({_page(found)})"
                 if past.may_run_again():
                     return self._retry(client, found)

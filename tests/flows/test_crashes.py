@@ -4,7 +4,7 @@ import pytest
 from prefect.client.schemas.objects import State
 from prefect.states import Cancelling, Crashed, Pending, Running, Scheduled
 
-from flows.crashes import _past, as_it_was
+from flows.crashes import _as_it_was, _past
 
 
 def history(text: str) -> list[State]:
@@ -48,7 +48,7 @@ def test_a_workers_word_that_an_earlier_start_has_outstanding_is_taken_for_that_
     assert past.crashes == crashes
     assert past.overwritten is (made[-2] if overwritten else None)
     if overwritten:
-        again = as_it_was(past.overwritten)
+        again = _as_it_was(past.overwritten)
         assert again.type == made[-2].type
         assert "late report" in again.message
 
