@@ -34,7 +34,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import AwaitingRetry, Cancelling
 from prefect.utilities.urls import url_for
 
-from flows.crashes import past_of
+from flows.crashes import Past, past_of, take_back
 from flows.names import run_name, tags
 from stagediff import steps
 from stagediff.errors import UserError
@@ -47,7 +47,7 @@ __all__ = ["Child", "Children", "Piece", "cancel_children", "patiently"]
 log = logging.getLogger("stagediff")
 
 SETTLE = 5.0
-"""Seconds between a crash and the next start: the late report of a crash would end a run that was started at once."""
+"""Seconds between a crash and the next start, so that what ends at once is not started in a rush. Late reports: flows/crashes.py."""
 AWAY = 900.0
 """Seconds for which the API may be away."""
 
@@ -130,17 +130,20 @@ class Children:
                 return Child(piece, patiently(partial(self._make, piece, key)))
             child = Child(piece, found)
             if child.is_final and not child.is_completed:
-                return self.retry(child)
+                return self._goes_on(child, self._past(child)) or self.retry(child)
             if not child.is_completed or is_there:
                 return child
             again += 1  # it did its part, and what it made has been dropped or moved since
 
     def restart(self, child: Child) -> Child:
-        """Schedules a crashed child once more, unless it crashes every time or was being cancelled: then it is given up."""
+        """Schedules a crashed child once more, unless it crashes every time or was being cancelled: then it is given up.
+
+        One whose crash is the late report of an earlier start's goes on as if nothing had been said.
+        """
         assert child.run.state is not None
-        self._settle(child)
-        with get_client(sync_client=True) as client:
-            past = patiently(partial(past_of, client, child.run))
+        past = self._past(child)
+        if goes_on := self._goes_on(child, past):
+            return goes_on
         if past.may_run_again():
             return self.retry(child)
         log.info(
@@ -159,6 +162,19 @@ class Children:
                 patiently(lambda: client.set_flow_run_state(now.id, AwaitingRetry(message="its pipeline was retried"), force=False))
                 now = patiently(lambda: client.read_flow_run(child.run.id))
         return Child(child.piece, now)
+
+    @staticmethod
+    def _past(child: Child) -> Past:
+        with get_client(sync_client=True) as client:
+            return patiently(partial(past_of, client, child.run))
+
+    @staticmethod
+    def _goes_on(child: Child, past: Past) -> Child | None:
+        """The child as it was before a late report took its state's place; None where no such thing has happened."""
+        with get_client(sync_client=True) as client:
+            if not patiently(partial(take_back, client, child.run, past)):
+                return None
+            return Child(child.piece, patiently(lambda: client.read_flow_run(child.run.id)))
 
     @staticmethod
     def _settle(child: Child) -> None:

@@ -1,7 +1,7 @@
 """Finds runs that were lost and starts crashed ones again, a few times each: what the deployment `janitor` does every two minutes.
 
 A run that crashed (its process, worker or machine went away) had no fault of its own, and everything here may be done twice, so it is scheduled again in place.
-Not before a minute has passed: the late report of a crash would end a run that was started at once, and a living pipeline sees to its children itself.
+Not before a minute has passed, for a living pipeline sees to its children itself. A crash that is the late report of an earlier start's is taken back.
 Not for ever: a run that kills its machine each time is left for people after `runs` crashes. Failed runs are theirs from the beginning.
 
 Two kinds of lost runs report no crash, and are marked as crashed here. One whose worker died between taking it and starting its process stays Pending:
@@ -30,7 +30,7 @@ from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.states import AwaitingRetry, Crashed
 from pydantic import Field
 
-from flows.crashes import CRASHES, past_of
+from flows.crashes import CRASHES, JANITOR, past_of, take_back
 from flows.names import RETRY_TAG
 from flows.pools import type_of
 
@@ -62,7 +62,7 @@ def janitor(
     now = datetime.now(UTC)
     with get_client(sync_client=True) as client:
         for run, why in [*_never_started(client, now - timedelta(seconds=pending)), *_silent(client, silence)]:
-            _set(client, run, Crashed(message=f"janitor: {why}"))
+            _set(client, run, Crashed(message=f"{JANITOR}{why}"))
         crashed = _runs(
             client,
             StateType.CRASHED,
@@ -74,11 +74,17 @@ def janitor(
 def _start_again(client: SyncPrefectClient, run: FlowRun, runs: int) -> bool:
     log = get_run_logger()
     past = past_of(client, run)
+    try:
+        if take_back(client, run, past):
+            return False
+    except (ObjectNotFound, PrefectHTTPStatusError) as refused:
+        log.warning("the late report of a crash of %s cannot be taken back: %s", run.name, refused)
+        return False
     if not past.may_run_again(runs):
         why = "was cancelled" if past.was_cancelled else f"crashed {past.crashes} times"
         log.warning("%s %s and is left alone; press Retry on it once the cause is mended", run.name, why)
         return False
-    if not _set(client, run, AwaitingRetry(message="janitor: started again after a crash")):
+    if not _set(client, run, AwaitingRetry(message=f"{JANITOR}started again after a crash")):
         return False
     log.info("%s crashed and is started again (%d of %d)", run.name, past.crashes, runs - 1)
     return True
@@ -112,13 +118,12 @@ def _still(client: SyncPrefectClient, suspects: Iterable[FlowRun], before: datet
 
 
 def _last_beat(client: SyncPrefectClient, run: FlowRun, before: datetime) -> bool | None:
-    """Whether the run's heart has beaten since `before`; None when it never did (its machine may beat none)."""
-    started = run.state.timestamp if run.state is not None else None
+    """Whether the run's heart has beaten since `before`; None when it never did, in any of its starts (its machine may beat none)."""
     beats = client.read_events(
         EventFilter(
             event=EventNameFilter(name=["prefect.flow-run.heartbeat"]),
             resource=EventResourceFilter(id=[f"prefect.flow-run.{run.id}"]),
-            occurred=EventOccurredFilter(since=started or before),
+            occurred=EventOccurredFilter(since=run.start_time or before),
         ),
         limit=1,  # the newest comes first
     ).events

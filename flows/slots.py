@@ -14,11 +14,15 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
+import httpx
+from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
+from prefect.exceptions import PrefectHTTPStatusError
 
+from flows.children import patiently
 from stagediff.errors import UserError
 
 __all__ = ["GPUS", "LIMIT", "gpu_slots", "limit_of"]
@@ -31,6 +35,8 @@ DEVICES = "STAGEDIFF_GPU_DEVICES"
 """Environment of a worker: the GPUs of its machine that steps may use, "0,1,4"; by default CUDA_VISIBLE_DEVICES, or all there are."""
 LEASE = 60.0
 """Seconds after which a killed step's slots are free again."""
+AWAY = (httpx.TransportError, PrefectHTTPStatusError)
+"""What a request ends with while the server is away or overloaded."""
 
 log = logging.getLogger("stagediff")
 
@@ -51,8 +57,7 @@ def gpu_slots(wanted: int, every: float = 1.0) -> Iterator[list[str]]:
         with _visible(""):
             yield []
         return
-    # A lease that could not be renewed (the server was away) does not end a step: its GPUs stay locked on this machine.
-    with concurrency(limit, occupy=wanted, lease_duration=LEASE, strict=True, raise_on_lease_renewal_failure=False), ExitStack() as locks:
+    with _counted(limit, wanted), ExitStack() as locks:
         known = _devices()
         if not known:  # a pool that counts slots on machines without GPUs
             yield []
@@ -63,6 +68,33 @@ def gpu_slots(wanted: int, every: float = 1.0) -> Iterator[list[str]]:
         log.info("GPU %s", ", ".join(devices))
         with _visible(",".join(devices)):
             yield devices
+
+
+@contextmanager
+def _counted(limit: str, wanted: int) -> Iterator[None]:
+    """Holds slots of the server's limit: asked for again while the server is away, and left to lapse where it does not take them back.
+
+    A step that has computed does not fail for that, nor for a lease that could not be renewed: its GPUs stay locked on this machine.
+    """
+
+    def taken() -> AbstractContextManager[None]:
+        held = concurrency(limit, occupy=wanted, lease_duration=LEASE, strict=True, raise_on_lease_renewal_failure=False)
+        try:
+            held.__enter__()
+        except ConcurrencySlotAcquisitionError as refused:
+            if isinstance(refused.__cause__, AWAY):
+                raise refused.__cause__ from None
+            raise
+        return held
+
+    held = patiently(taken)
+    try:
+        yield
+    finally:
+        try:
+            held.__exit__(None, None, None)
+        except AWAY as fault:
+            log.warning("the Prefect API does not take the GPU slot back (%s); it is free again %.0f s later", type(fault).__name__, LEASE)
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from prefect.states import AwaitingRetry
 from prefect.utilities.urls import url_for
 
 from flows.children import SETTLE, patiently
-from flows.crashes import past_of
+from flows.crashes import past_of, take_back
 from flows.deployments import ENVIRONMENT
 from flows.names import CHECKPOINT, RETRY_TAG, training
 from flows.places import absolute, check_store
@@ -155,8 +155,12 @@ class _Pipelines:
             if found is None:
                 made = patiently(partial(self._make, due, key))
                 return f"checkpoint {due.step}: {due.missing} steps to run, {made.name} started ({_page(made)})"
-            if found.state is not None and found.state.is_crashed() and patiently(partial(past_of, client, found)).may_run_again():
-                return self._retry(client, found)
+            if found.state is not None and found.state.is_crashed():
+                past = patiently(partial(past_of, client, found))
+                if patiently(partial(take_back, client, found, past)):
+                    return f"{found.name} is on its way ({_page(found)})"
+                if past.may_run_again():
+                    return self._retry(client, found)
             if found.state is None or not found.state.is_completed():
                 reason = " ".join(((found.state and found.state.message) or "").split())[:500]
                 raise StagediffError(
@@ -171,7 +175,7 @@ class _Pipelines:
     def _retry(self, client: SyncPrefectClient, crashed: FlowRun) -> str:
         assert crashed.state is not None
         age = (datetime.now(UTC) - crashed.state.timestamp).total_seconds()
-        if age < SETTLE:  # the late report of a crash would end it again
+        if age < SETTLE:  # what ends at once is not started in a rush
             return f"{crashed.name} has crashed: started again at the next look"
         patiently(partial(client.set_flow_run_state, crashed.id, AwaitingRetry(message="its watch found it crashed"), force=False))
         return f"{crashed.name} had crashed: started again ({_page(crashed)})"

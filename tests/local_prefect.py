@@ -78,8 +78,8 @@ class Server:
             "PREFECT_API_URL": f"{self.url}/api",
             "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
             "PREFECT_WORKER_QUERY_SECONDS": "1",
+            "PREFECT_CLIENT_MAX_RETRIES": "10",  # the worker's too: infra/README.md
             "OMP_NUM_THREADS": str(torch.get_num_threads()),  # as in the runs that bytes are compared with
             **extra,
         }
@@ -87,7 +87,7 @@ class Server:
         self._process: _Process | None = None
 
     def start(self) -> None:
-        command = [PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(self.port)]
+        command = [sys.executable, "-m", "infra.server.sqlite", "--host", "127.0.0.1", "--port", str(self.port)]
         self._process = _Process(command, self.environment, self.home / "server.log")
         until(self._is_up, f"server up, see {self.home}/server.log", seconds=240)
 
@@ -121,10 +121,16 @@ class Server:
     # The API, as the UI uses it
 
     def request(self, method: str, path: str, **given: Any) -> Any:
-        """The answer's JSON; asked again while the server says that its database is busy."""
+        """The answer's JSON; asked again while the server says that its database is busy, and what only reads also where it is slow."""
+        reads = method == "GET" or path.endswith("/filter")
 
         def answer() -> httpx.Response | None:
-            response = self.client.request(method, path, **given)
+            try:
+                response = self.client.request(method, path, **given)
+            except httpx.ReadTimeout:
+                if reads:
+                    return None
+                raise
             return None if response.status_code == 503 else response
 
         response = until(answer, f"{method} {path} is answered", 120)

@@ -80,13 +80,22 @@ class FakeWorker:
         given = run.parameters
         name = given["name"]
         play = self.plays[name].pop(0) if self.plays[name] else "compute"
+        if play == "late: scheduled":  # somebody else's worker speaks before this one takes the run
+            report_late(client, run)
+            return
         self.ran.append((name, play))
         self.parameters.append(given)
         client.set_flow_run_state(run.id, Pending(), force=True)
         if play == "refused":
             client.set_flow_run_state(run.id, Crashed(message="sbatch: invalid partition"), force=True)
             return
+        if play == "late: pending":
+            report_late(client, run)
+            play = "compute"
         client.set_flow_run_state(run.id, Running(), force=True)
+        if play == "late: running":
+            report_late(client, run)
+            play = "compute"
         if play == "cancelled":  # as on Slurm: the engine sees a signal, and the worker speaks later
             client.set_flow_run_state(run.id, Cancelling(), force=True)
             client.set_flow_run_state(run.id, Crashed(message="a termination signal"), force=True)
@@ -100,8 +109,20 @@ class FakeWorker:
             "idle": Completed(),
             "fail": Failed(message="out of memory"),
             "crash": Crashed(message="node gone"),
+            "signal": Crashed(message="Execution was aborted by a termination signal."),  # as the engine says it, and the worker later
         }
         client.set_flow_run_state(run.id, states[play], force=True)
+
+
+def report_late(client, run):
+    """The worker's word on the start before this one; then waits until somebody has taken it back."""
+    before = client.read_flow_run(run.id).state
+    late = client.set_flow_run_state(run.id, Crashed(message="Process exited with status code: 143."), force=True).state
+    until = time.monotonic() + 60
+    while (now := client.read_flow_run(run.id).state).id == late.id:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert (now.type, "late report" in now.message) == (before.type, True)
 
 
 BY_NAME = {step.name: step for step in steps.all_steps()}
@@ -156,6 +177,15 @@ def test_a_crashed_step_is_started_again_and_a_failed_one_is_not_while_the_rest_
     for words in ("quality M · tiny", "out of memory", "flow-run/", "press Retry"):
         assert words in str(said.value)
     assert [node.name for node in plan.missing(store)] == ["quality-M"]
+
+
+@pytest.mark.parametrize("when", ["scheduled", "pending", "running"])
+def test_a_crash_that_is_reported_once_more_however_late_ends_no_later_start(worker, copy, when):
+    config, store, plan = copy("quality-M")
+    worker.plays["quality-M"] = ["signal", f"late: {when}"]
+    run(config)
+    assert worker.ran == [("quality-M", "signal"), ("quality-M", "compute" if when == "scheduled" else f"late: {when}")]
+    assert plan.missing(store) == []
 
 
 def test_a_step_that_crashes_every_time_is_given_up(worker, copy):
@@ -312,19 +342,35 @@ def test_the_janitor_finds_runs_that_a_worker_took_and_never_started(made, monke
     assert janitor(grace=0) == ["taken"]
 
 
-def test_the_janitor_finds_runs_whose_hearts_have_stopped(made):
-    stopped, never = made("stopped", Running()), made("never", Running())
-    beat = {"event": "prefect.flow-run.heartbeat", "resource": {"prefect.resource.id": f"prefect.flow-run.{stopped}"}}
-    beat |= {"occurred": datetime.now(UTC).isoformat(), "id": str(uuid4())}
+def beat(run):
+    """A heartbeat of a run, stored."""
+    event = {"event": "prefect.flow-run.heartbeat", "resource": {"prefect.resource.id": f"prefect.flow-run.{run}"}}
+    event |= {"occurred": datetime.now(UTC).isoformat(), "id": str(uuid4())}
     with get_client(sync_client=True) as client:
-        client.request("POST", "/events", json=[beat])
+        client.request("POST", "/events", json=[event])
         until = time.monotonic() + 30
         of_this_run = EventFilter(
-            resource=EventResourceFilter(id=[f"prefect.flow-run.{stopped}"]), event=EventNameFilter(name=[beat["event"]])
+            resource=EventResourceFilter(id=[f"prefect.flow-run.{run}"]), event=EventNameFilter(name=[event["event"]])
         )
         while not client.read_events(of_this_run, limit=1).events:
             assert time.monotonic() < until
             time.sleep(0.1)
+
+
+def test_the_janitor_takes_back_the_late_report_of_an_earlier_crash_and_sees_whether_the_run_still_lives(made):
+    twice = [Running(), Crashed(message="Execution was aborted by a termination signal."), Scheduled(), Running()]
+    run = made("late", *twice, Crashed(message="Process exited with status code: 143."))
+    beat(run)
+    assert janitor(grace=0) == []
+    assert state_of(run).is_running()
+    assert janitor(grace=0, silence=0) == []  # it was this start after all: its heart beats no more
+    assert state_of(run).is_crashed()
+    assert janitor(grace=0) == ["late"]
+
+
+def test_the_janitor_finds_runs_whose_hearts_have_stopped(made):
+    stopped, never = made("stopped", Running()), made("never", Running())
+    beat(stopped)
     assert janitor(grace=0) == []
     assert state_of(stopped).is_running()
     assert janitor(grace=0, silence=0) == []

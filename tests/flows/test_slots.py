@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
+import httpx
 import pytest
 
 from flows import slots
@@ -83,6 +84,40 @@ def test_more_gpus_than_the_machine_has_are_refused(monkeypatch):
     with slots.gpu_slots(2) as devices:
         assert devices == ["0", "1"]
         assert slots.os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
+
+
+def test_a_server_that_is_away_when_slots_are_taken_or_given_back_ends_no_step(monkeypatch, caplog):
+    asked = []
+
+    class Held:
+        def __enter__(self):
+            asked.append("take")
+            if len(asked) == 1:
+                raise slots.ConcurrencySlotAcquisitionError("Unable to acquire") from httpx.ConnectError("nobody there")
+
+        def __exit__(self, *_):
+            asked.append("give back")
+            raise httpx.ReadTimeout("slow")
+
+    monkeypatch.setenv(slots.LIMIT, "pool-gpus")
+    monkeypatch.setenv(slots.DEVICES, "0")
+    monkeypatch.setattr(slots, "concurrency", lambda *_, **__: Held())
+    monkeypatch.setattr("flows.children.time.sleep", lambda _: None)
+    with slots.gpu_slots(1) as devices:
+        assert devices == ["0"]
+    assert asked == ["take", "take", "give back"]
+    assert "does not take the GPU slot back (ReadTimeout)" in caplog.text
+
+
+def test_a_limit_that_is_not_there_is_not_waited_for(monkeypatch):
+    class Held:
+        def __enter__(self):
+            raise slots.ConcurrencySlotAcquisitionError("must be created before acquiring slots")
+
+    monkeypatch.setenv(slots.LIMIT, "pool-gpus")
+    monkeypatch.setattr(slots, "concurrency", lambda *_, **__: Held())
+    with pytest.raises(slots.ConcurrencySlotAcquisitionError, match="must be created"), slots.gpu_slots(1):
+        pass
 
 
 def test_a_step_without_gpus_sees_none(monkeypatch):
