@@ -155,7 +155,7 @@ def api() -> Iterator[SyncPrefectClient]:
     url = get_current_settings().api.url
     if not url:
         raise UserError(
-            "PREFECT_API_URL is not set: which Prefect server? On this machine: `prefect server start`, then "
+            "PREFECT_API_URL is not set: which Prefect server? On this machine: `python -m infra.server.sqlite`, then "
             "`export PREFECT_API_URL=http://127.0.0.1:4200/api`. See infra/README.md."
         )
     with get_client(sync_client=True) as client:
