@@ -12,10 +12,10 @@ __all__ = ["CONFUSION_COLUMNS", "confusion", "figures"]
 
 CONFUSION_COLUMNS = {
     "group": ("name", "all, selected, born or random; a feature may be in several"),
-    "both": ("features", "flagged, and carries the new data"),
-    "missed": ("features", "carries the new data and is not flagged: false negatives"),
-    "false": ("features", "flagged and does not carry the new data: false positives"),
-    "neither": ("features", "neither flagged nor carrying the new data"),
+    "true_positives": ("features", "flagged, and carries the new data"),
+    "false_negatives": ("features", "carries the new data and is not flagged"),
+    "false_positives": ("features", "flagged and does not carry the new data"),
+    "true_negatives": ("features", "neither flagged nor carrying the new data"),
     "unclear": ("features", "with no clear answer; in none of the other columns"),
 }
 
@@ -31,17 +31,17 @@ def figures(labels: pd.DataFrame) -> dict[str, Any]:
     for group in GROUPS:
         members = clear[clear[group]]
         size, hits = len(members), int(members.flagged.sum())
-        low, high = clopper_pearson(hits, size)
+        low, high = clopper_pearson(hits, size) if size else (None, None)
         said |= {group: size, f"{group}_flagged": hits, f"{group}_share": hits / size if size else None}
         said |= {f"{group}_low": low, f"{group}_high": high}
     selected, others = clear[clear.selected], clear[clear.random & ~clear.selected]
     said["random_not_selected"] = len(others)
     said["fisher_p"] = fisher_greater(int(selected.flagged.sum()), len(selected), int(others.flagged.sum()), len(others))
     table = confusion(labels).set_index("group").loc["all"]
-    carry, others_all = int(table["both"] + table["missed"]), int(table["false"] + table["neither"])
-    said |= {"carry_new_data": carry, "missed": int(table["missed"]), "false": int(table["false"])}
-    said |= {"false_negative_rate": table["missed"] / carry if carry else None}
-    said |= {"false_positive_rate": table["false"] / others_all if others_all else None}
+    missed, false = int(table["false_negatives"]), int(table["false_positives"])
+    carry, rest = int(table["true_positives"]) + missed, int(table["true_negatives"]) + false
+    said |= {"carry_new_data": carry, "false_negatives": missed, "false_positives": false}
+    said |= {"false_negative_rate": missed / carry if carry else None, "false_positive_rate": false / rest if rest else None}
     return said
 
 
