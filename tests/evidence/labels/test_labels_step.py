@@ -235,7 +235,7 @@ def test_the_key_is_in_no_file_and_no_log(run, serve, answer, monkeypatch, caplo
     server = serve(lambda n, q: answer(label=f"is it {KEY}?") if n < 3 else (200, {"X-Echo": KEY}, KEY) if n == 3 else answer())
     spec = run.asking(server, requests={"key_variable": "PLANTED"})
     labelled(run, spec)
-    assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
+    assert server.headers[0]["authorization"] == f"Bearer {KEY}"
     files = [f for f in (Path(run.store.root)).rglob("*") if f.is_file()]
     assert len(files) > 40
     assert not [f for f in files if KEY.encode() in f.read_bytes()]
@@ -245,7 +245,9 @@ def test_the_key_is_in_no_file_and_no_log(run, serve, answer, monkeypatch, caplo
 
 
 def test_a_key_is_missed_before_the_run(run):
-    spec = run.spec(labeller="anthropic", model={"name": "m", "base_url": "https://api.anthropic.com"}, requests={"key_variable": "NOT_THERE"})
+    spec = run.spec(
+        labeller="anthropic", model={"name": "m", "base_url": "https://api.anthropic.com"}, requests={"key_variable": "NOT_THERE"}
+    )
     with pytest.raises(UserError, match="NOT_THERE"):
         steps.check(spec)
 
