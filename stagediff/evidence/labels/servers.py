@@ -6,6 +6,7 @@ or shown, and errors of the clients, which hold the request, are not passed on.
 
 import importlib
 import importlib.util
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,8 @@ VARIABLES = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
 BUSY = (408, 409, 425, 429)
 """Status codes below 500 after which it is tried again."""
 TOO_OFTEN = (429, 529)
+WIRES = ("openai", "anthropic", "httpx", "httpx2", "httpcore", "httpcore2")
+"""Loggers of the clients and below them, which at level DEBUG write down what goes over the wire, headers included."""
 UNCHECKED = "none"
 """Sent as key to a server of one's own that asks for none."""
 
@@ -110,9 +113,16 @@ def connect(spec: LabelsSpec) -> LanguageModel:
     """The labeller that a spec names. Sends nothing yet."""
     assert spec.model is not None
     check_client(spec.labeller)
+    _silence_wires()
     key = key_of(spec.labeller, spec.model.base_url, spec.requests)
     ask = {"openai": _openai, "anthropic": _anthropic}[spec.labeller](spec.model, spec.requests, key)
     return LanguageModel(ask, spec.topics, Patience(spec.requests.retries, spec.requests.wait), spec.requests.parallel)
+
+
+def _silence_wires() -> None:
+    for name in WIRES:
+        wire = logging.getLogger(name)
+        wire.setLevel(max(wire.level, logging.INFO))
 
 
 def _openai(model: ModelSettings, requests: Requests, key: str) -> Asked:
@@ -124,8 +134,7 @@ def _openai(model: ModelSettings, requests: Requests, key: str) -> Asked:
     def ask(instructions: str, question: str) -> Reply:
         messages = [{"role": "system", "content": instructions}, {"role": "user", "content": question}]
         said = client.chat.completions.create(model=model.name, messages=messages, **options)
-        text = said.choices[0].message.content if said.choices else None
-        usage = said.usage
+        text, usage = said.choices[0].message.content, said.usage  # no choices: not an answer of this interface
         return Reply(
             text or "", getattr(usage, "prompt_tokens", 0) or 0, getattr(usage, "completion_tokens", 0) or 0, str(said.model or "")
         )
@@ -146,7 +155,7 @@ def _anthropic(model: ModelSettings, requests: Requests, key: str) -> Asked:
             messages=[{"role": "user", "content": question}],
             **options,
         )
-        text = "".join(getattr(block, "text", None) or "" for block in said.content or ())
+        text = "".join(getattr(block, "text", None) or "" for block in said.content)
         usage = said.usage
         return Reply(text, getattr(usage, "input_tokens", 0) or 0, getattr(usage, "output_tokens", 0) or 0, str(said.model or ""))
 

@@ -2,6 +2,8 @@
 
 import io
 import re
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,22 +14,33 @@ from stagediff import steps
 from stagediff.diff.spec import STAGES
 from stagediff.evidence.labels.section import named_features, section
 from stagediff.evidence.labels.section.distributions import HEIGHT, LOWEST, WIDTH, outline, read_panels
-from stagediff.evidence.labels.section.scatter import scatter_files
+from stagediff.evidence.labels.section.scatter import scatter_files, scatter_html
+from stagediff.evidence.labels.section.words import named_html
+from stagediff.evidence.labels.spec import LabelsSpec
+from stagediff.report.terminal import feature_card
 from stagediff.sections import ReportContext
+from stagediff.store import Store
 
 
-@pytest.fixture
-def labelled(run):
-    """The run with its histograms in every stage, labelled by keywords; its context."""
+@pytest.fixture(scope="module")
+def labelled(written, builder, tmp_path_factory):
+    """A diff with histograms in every stage, labelled by keywords, and its sections: store, nodes, table (the diff's), labels, context, sections."""
+    folder, nodes, config = written
+    store = Store(str(shutil.copytree(folder, tmp_path_factory.mktemp("labelled") / "store")))
     rng = np.random.default_rng(3)
-    diff = run.store.artifact(run.nodes["diff"]).spec()
+    diff = store.artifact(nodes["diff"]).spec()
     for stage in STAGES:
-        store_histogram(run.store, diff.statistics[stage], rng)
-    spec = run.spec(topics=("import",), share=0.8, random=60)
-    run.nodes["labels"] = steps.run(spec, run.store, device="cpu")
-    run.labels = run.store.artifact(spec.ref).read_table("labels.parquet")
-    run.context = ReportContext(run.store, run.nodes, run.config, 10, 0)
-    return run
+        store_histogram(store, diff.statistics[stage], rng)
+    refs = {"diff": nodes["diff"], "statistics": nodes["statistics-F_D"]}
+    spec = LabelsSpec(**refs, topics=("import",), share=0.8, random=60, most=20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stagediff.sae.examples.feature_examples", builder.fake_examples)
+        nodes = {**nodes, "labels": steps.run(spec, store, device="cpu")}
+        context = ReportContext(store, nodes, config, 10, 0)
+        sections = section(context)
+    labels = store.artifact(spec.ref).read_table("labels.parquet")
+    table = store.artifact(nodes["diff"]).read_table("features.parquet")
+    return SimpleNamespace(store=store, nodes=nodes, table=table, labels=labels, context=context, sections=sections)
 
 
 def store_histogram(store, ref, rng) -> None:
@@ -50,7 +63,7 @@ def test_a_run_without_labels_has_no_such_part(run):
 
 
 def test_shares_stand_in_words_and_in_the_figure(labelled):
-    html = section(labelled.context)[0].html
+    html = labelled.sections[0].html
     for group in ("selected", "random"):
         members = labelled.labels[labelled.labels[group]]
         assert html.count(f"{members.flagged.sum()} of {len(members)}") >= 2
@@ -58,8 +71,7 @@ def test_shares_stand_in_words_and_in_the_figure(labelled):
 
 
 def test_named_features_are_numbered_alike_in_table_and_scatter(labelled):
-    labels, html = section(labelled.context)[0], None
-    html = labels.html
+    html = labelled.sections[0].html
     expected = labelled.table[labelled.table.selected].sort_values(["score", "feature"]).feature.tolist()[:20]
     rows = re.findall(r'<tr><th scope="row">(\d+)</th><td>(\d+)</td><td>(\w+)</td>', html)
     assert [(int(n), int(f)) for n, f, group in rows if group == "selected"] == list(enumerate(expected, 1))
@@ -73,12 +85,9 @@ def test_named_features_are_numbered_alike_in_table_and_scatter(labelled):
 
 def test_texts_of_corpus_and_labeller_stay_text(labelled):
     labels = labelled.labels.assign(label="<script>window.hacked=1</script>")
-    from stagediff.evidence.labels.section.scatter import scatter_html
-    from stagediff.evidence.labels.section.words import named_html
-
     named = named_features(labels, labelled.table)
     figures = labelled.store.artifact(labelled.nodes["labels"]).manifest.figures
-    for html in (scatter_html(labelled.table, labels, named), named_html(named, {}, figures), *(s.html for s in section(labelled.context))):
+    for html in (scatter_html(labelled.table, labels, named), named_html(named, {}, figures), *(s.html for s in labelled.sections)):
         assert "<script" not in html
         assert "<img" not in html
 
@@ -107,7 +116,7 @@ def test_an_outline_is_as_high_as_the_share_on_a_log_scale():
 
 
 def test_every_named_feature_has_a_panel_per_stage(labelled):
-    distributions = section(labelled.context)[1].html
+    distributions = labelled.sections[1].html
     named = named_features(labelled.labels, labelled.table)
     assert distributions.count("<svg") == len(named) * len(STAGES)
     for row in named.itertuples():
@@ -116,15 +125,14 @@ def test_every_named_feature_has_a_panel_per_stage(labelled):
 
 def test_the_files_for_papers_are_deterministic_and_numbered(labelled):
     named = named_features(labelled.labels, labelled.table)
-    one, again = (scatter_files(labelled.table, labelled.labels, named) for _ in range(2))
-    assert one == again
+    one = scatter_files(labelled.table, labelled.labels, named)
+    assert one == labelled.sections[0].figures
     assert set(one) == {"labels.svg", "labels.png"}
     assert all(f">{n}</text>".encode() in one["labels.svg"] for n in named.number)
 
 
-def test_a_card_shows_what_the_labeller_said(labelled):
-    from stagediff.report.terminal import feature_card
-
+def test_a_card_shows_what_the_labeller_said(labelled, builder, monkeypatch):
+    monkeypatch.setattr("stagediff.sae.examples.feature_examples", builder.fake_examples)
     diff = labelled.store.artifact(labelled.nodes["diff"])
     row = labelled.labels[labelled.labels.flagged].iloc[0]
     out = io.StringIO()

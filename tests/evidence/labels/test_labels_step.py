@@ -20,8 +20,9 @@ from stagediff.diff.spec import Cut, DiffSpec
 from stagediff.errors import StagediffError, UserError
 from stagediff.evidence.labels.choice import choose
 from stagediff.evidence.labels.judge import confusion, figures
-from stagediff.evidence.labels.servers import NoAnswerError
-from stagediff.evidence.labels.spec import Requests
+from stagediff.evidence.labels.patience import Patience
+from stagediff.evidence.labels.servers import LanguageModel, NoAnswerError, Reply
+from stagediff.evidence.labels.spec import ModelSettings, Requests
 
 KEY = "sk-planted-77aa01ce9"
 
@@ -94,21 +95,28 @@ def test_unclear_answers_count_as_neither():
 # --- blindness --------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_sent_does_not_depend_on_the_group(run, serve, answer, builder):
+def test_what_is_sent_does_not_depend_on_the_group(run, answer, builder, monkeypatch):
     """All alive features are asked about, so that another cut only moves features between groups: the requests stay the same, and so does their order."""
-    server = serve(lambda n, q: answer())
-    sent = []
+    sent: list[tuple[str, str]] = []
+
+    def record(instructions: str, question: str) -> Reply:
+        sent.append((instructions, question))
+        return Reply(answer())
+
+    monkeypatch.setattr("stagediff.evidence.labels.compute.connect", lambda spec: LanguageModel(record, spec.topics, Patience(0, 0.0)))
+    model = ModelSettings(name="some-model", base_url="http://127.0.0.1/v1")
+    before = run.store.artifact(run.nodes["diff"]).spec()
+    requests, selected = [], []
     for value in (0.02, 0.3):
-        before = run.store.artifact(run.nodes["diff"]).spec()
         diff = DiffSpec(**{**before.model_dump(), "cut": Cut(value=value), "seed": 17})
         builder.write_diff(run.store, diff, 256, np.random.default_rng(5))
-        spec = run.asking(server, random=5000, most=5000).model_copy(update={"diff": diff.ref})
-        begin = len(server.bodies)
-        table = labelled(run, spec)
-        sent.append((int(table.selected.sum()), [json.dumps(b) for b in server.bodies[begin:]]))
-    (few, one), (many, two) = sent
-    assert few < many
-    assert one == two
+        spec = run.spec(labeller="openai", model=model, random=5000, most=5000).model_copy(update={"diff": diff.ref})
+        selected.append(int(labelled(run, spec).selected.sum()))
+        requests.append(sent.copy())
+        sent.clear()
+    assert selected[0] < selected[1]
+    assert len(requests[0]) > 200
+    assert requests[0] == requests[1]
 
 
 def test_a_question_says_neither_feature_nor_group(run, serve, answer):
@@ -235,7 +243,7 @@ def test_the_key_is_in_no_file_and_no_log(run, serve, answer, monkeypatch, caplo
     server = serve(lambda n, q: answer(label=f"is it {KEY}?") if n < 3 else (200, {"X-Echo": KEY}, KEY) if n == 3 else answer())
     spec = run.asking(server, requests={"key_variable": "PLANTED"})
     labelled(run, spec)
-    assert server.headers[0]["authorization"] == f"Bearer {KEY}"
+    assert any(KEY in value for value in server.headers[0].values())
     files = [f for f in (Path(run.store.root)).rglob("*") if f.is_file()]
     assert len(files) > 40
     assert not [f for f in files if KEY.encode() in f.read_bytes()]
