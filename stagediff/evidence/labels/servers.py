@@ -178,7 +178,7 @@ def _sorted_out(ask: Asked, module: Any, url: str, key: str) -> Asked:
         except module.APIStatusError as error:
             raise _of_status(error.status_code, error.response.headers, clean(_message(error)), url) from None
         except (module.APIError, AttributeError, TypeError, ValueError, LookupError) as error:  # not an answer of this interface
-            raise NotNowError(clean(f"{url} sent something that is no answer ({type(error).__name__})")) from None
+            raise NotNowError(clean(f"{url} sent something that is no answer ({type(error).__name__}: {_reason(error)})")) from None
         return replace(reply, text=clean(reply.text), model=clean(reply.model))
 
     return asked
