@@ -31,6 +31,8 @@ class Estimate:
     """On the run's device. Passes over numbers that take as long as so many operations count as these."""
     seconds: float = 0.0
     """Beside them: tables, files, resampling on the CPU."""
+    note: str = ""
+    """What else the step costs (money that a server asks for), for a reader."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Row:
     tokens: int | None
     bytes: int | None
     seconds: float | None
+    note: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return {**self.__dict__, "ref": str(self.ref)}
@@ -76,6 +79,7 @@ def estimate_plan(plan: Plan, store: Store) -> list[Row]:
                 tokens=size.tokens if size else None,
                 bytes=held if held is not None else (size.bytes if size else None),
                 seconds=seconds,
+                note=size.note if size and node.ref in missing else "",
             )
         )
     return rows

@@ -90,6 +90,9 @@ def plan(config: ConfigFile, store: StoreUrl = None, set_: Sets = None, as_json:
         )
     Console().print(table)
     todo = [row for row in rows if row.to_run]
+    for row in todo:
+        if row.note:
+            print(f"{row.name}: {row.note}.")
     time, written = seconds(sum(row.seconds or 0 for row in todo)), size(sum(row.bytes or 0 for row in todo))
     print(
         f"{len(todo)} of {len(rows)} steps to run; about {time} and {written} on this machine."

@@ -77,7 +77,14 @@ def feature_card(store: Store, diff: Ref, statistics: Mapping[str, Ref], feature
     )
     stage = "F_D" if "F_D" in statistics else next(iter(statistics))
     found = feature_examples(store, statistics[stage], [feature], window=40, ranks=EXAMPLES)
-    parts: list[RenderableType] = [head, shares, Text(), _two_columns(_cosines(row), _stages(row, list(statistics))), Text()]
+    parts: list[RenderableType] = [
+        head,
+        shares,
+        *_labels(store, diff, feature),
+        Text(),
+        _two_columns(_cosines(row), _stages(row, list(statistics))),
+        Text(),
+    ]
     if found.empty:
         parts.append(Text(f"It never fires on the held-out rows in {STAGE_NAMES.get(stage, stage)}.", style="dim"))
     else:
@@ -88,6 +95,18 @@ def feature_card(store: Store, diff: Ref, statistics: Mapping[str, Ref], feature
             weights = [float(a) / strongest if strongest else 0.0 for a in e.activations]
             parts += [Text(about, style="dim"), shaded(e.tokens, weights)]
     return Panel(Group(*parts), title=f"{diff}", title_align="left", border_style="dim")
+
+
+def _labels(store: Store, diff: Ref, feature: int) -> list[Text]:
+    """A line per labeller that was asked about the feature."""
+    from stagediff.evidence.labels.lookup import said_of
+
+    lines = []
+    for s in said_of(store, diff, feature):
+        verdict = "unclear" if s.unclear else f"related to {s.topic or 'a topic'}" if s.flagged else "not related to the topics"
+        told = f"{verdict}, {s.examples_flagged} of {s.examples} examples"
+        lines.append(Text.assemble((f"{clean(s.who)}: ", "dim"), (clean(s.label) or "no label", "bold"), (f"  {clean(told)}", "dim")))
+    return lines
 
 
 def shaded(tokens: Sequence[str], weights: Sequence[float]) -> Text:

@@ -18,7 +18,7 @@ from stagediff.diff.section.choice import Choice
 from stagediff.packing import pack
 from stagediff.store import Artifact
 
-__all__ = ["Lookup", "pack_examples", "pack_histograms", "snippets", "top_features"]
+__all__ = ["Lookup", "histogram_counts", "pack_examples", "pack_histograms", "snippets", "top_features"]
 
 Lookup = Callable[[list[int], int], pd.DataFrame]
 """(features, ranks) -> at most so many examples of each (feature, rank, row, position, is_new, tokens, activations, activation)."""
@@ -67,26 +67,31 @@ def pack_examples(choice: Choice, lookup: Lookup, block: int = BLOCK) -> dict[st
 
 
 def pack_histograms(statistics: Artifact, features: np.ndarray) -> dict[str, Any]:
-    """Firings by activation on base and on new rows: edges [bins + 1], counts [n, bins] each, of `features` (ascending) only.
+    """`histogram_counts` as the script reads them."""
+    edges, counts = histogram_counts(statistics, features)
+    return {
+        "edges": edges,
+        "bins": len(edges) - 1,
+        "feature": pack(features.astype(np.uint32)),
+        "base": pack(counts[0].ravel()),
+        "new": pack(counts[1].ravel()),
+    }
+
+
+def histogram_counts(statistics: Artifact, features: np.ndarray) -> tuple[list[float], np.ndarray]:
+    """Firings by activation: edges [bins + 1], and counts [2, n, bins] uint32 on base and on new rows, of `features` (ascending) only.
 
     The table is read through a filter, one row group at a time: at F = 262,144 it has millions of rows.
     """
     edges = statistics.read_json("histogram.json")["edges"]
-    bins = len(edges) - 1
-    counts = np.zeros((2, len(features), bins), dtype=np.uint32)
+    counts = np.zeros((2, len(features), len(edges) - 1), dtype=np.uint32)
     with pq.ParquetFile(statistics.local("histogram.parquet"), page_checksum_verification=True) as file:
         for batch in file.iter_batches(batch_size=1 << 18, columns=["feature", "bin", "base", "new"]):
             kept = batch.filter(pc.is_in(batch["feature"], value_set=pa.array(features, type=batch["feature"].type)))
             at = np.searchsorted(features, kept["feature"].to_numpy())
             for i, name in enumerate(("base", "new")):
                 counts[i, at, kept["bin"].to_numpy()] = kept[name].to_numpy()
-    return {
-        "edges": edges,
-        "bins": bins,
-        "feature": pack(features.astype(np.uint32)),
-        "base": pack(counts[0].ravel()),
-        "new": pack(counts[1].ravel()),
-    }
+    return edges, counts
 
 
 def top_features(features: pd.DataFrame, lookup: Lookup, count: int = 10, around: int = 8) -> list[dict[str, Any]]:

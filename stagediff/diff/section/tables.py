@@ -10,7 +10,7 @@ from stagediff.diff.spec import STAGES, DiffSpec
 from stagediff.markup import number, table
 from stagediff.sections import ReportContext
 
-__all__ = ["STAGE_NAMES", "behaviour_html", "enrichment_html", "quality_html", "score_table"]
+__all__ = ["STAGE_NAMES", "STAGE_STORY", "behaviour_html", "enrichment_html", "quality_html", "score_table"]
 
 STAGE_NAMES = {"S": "S", "D": "D", "M": "M", "F_D": "F via D", "F_M": "F via M", "F_direct": "F direct"}
 STAGE_STORY = {
