@@ -211,6 +211,7 @@ steps.run(LabelsSpec.model_validate_json(sys.argv[3]), Store(sys.argv[2]), devic
 """
 
 
+@pytest.mark.integration
 def test_a_killed_step_goes_on_without_asking_again(run, serve, answer):
     reached, on = threading.Event(), threading.Event()
 

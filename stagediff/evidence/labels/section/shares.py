@@ -8,7 +8,7 @@ from stagediff.markup import escape
 
 __all__ = ["shares_html"]
 
-WIDTH, ROW, LEFT, RIGHT, TOP = 760, 34, 130, 190, 8
+WIDTH, ROW, LEFT, RIGHT, TOP = 800, 34, 130, 250, 8
 
 
 def shares_html(f: dict[str, Any]) -> str:
