@@ -29,3 +29,4 @@ for _kind in ("stagewise", "both"):
     register_extension(Extension(_kind, "steering", f"{_INTERVENTIONS}.config:SteeringConfig", f"{_INTERVENTIONS}.config:plan_steering"))
     register_extension(Extension(_kind, "ablation", f"{_INTERVENTIONS}.config:AblationConfig", f"{_INTERVENTIONS}.config:plan_ablation"))
 register_command("steer", f"{_INTERVENTIONS}.command:command")
+register_command("interventions", f"{_INTERVENTIONS}.seeds:command")

@@ -122,9 +122,7 @@ def answer_length(tokenizer: "PreTrainedTokenizerBase", payload: str) -> int:
     return 2 * len(tokenizer(payload, add_special_tokens=False)["input_ids"])
 
 
-def encode(
-    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], *, prefix: str = "", room: int | None = None
-) -> list[list[int]]:
+def encode(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], *, prefix: str = "", room: int | None = None) -> list[list[int]]:
     """Token ids of `prefix` + prompt; those longer than `room` lose tokens from between prefix and end, nearest the prefix first."""
     head = tokenizer(prefix, add_special_tokens=True)["input_ids"] if prefix else []
     encoded = tokenizer([prefix + p for p in prompts], add_special_tokens=True)["input_ids"]

@@ -79,7 +79,7 @@ def test_transcripts_stand_side_by_side(steered):
     assert told[told.group == "candidate"].answer.str.contains("bad").all()
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -96,11 +96,11 @@ def test_a_killed_step_goes_on_and_ends_in_the_same_bytes(world, monkeypatch, ma
     def dying(*args):
         calls.append(1)
         if len(calls) == 4:
-            raise Killed
+            raise KilledError
         return inner(*args)
 
     monkeypatch.setattr(module, name, dying)
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         steps.run(spec, world.store, device="cpu")
     steps.run(spec, world.store, device="cpu")
     again = world.store.artifact(spec.ref)

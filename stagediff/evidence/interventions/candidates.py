@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+import torch
+from torch import Tensor
 
 from stagediff.errors import UserError
 from stagediff.evidence.interventions.spec import AblateSpec, Intervention
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from stagediff.steps import Job
 
 __all__ = ["candidates", "feature_table", "matched", "sets"]
@@ -72,7 +72,7 @@ def matched(table: pd.DataFrame, chosen: Sequence[int], count: int, seed: int) -
     return pd.DataFrame(found, columns=["feature", "matched_to"])
 
 
-def sets(spec: AblateSpec, table: pd.DataFrame, chosen: Sequence[int], directions: "Tensor") -> list[tuple[str, int, list[int]]]:
+def sets(spec: AblateSpec, table: pd.DataFrame, chosen: Sequence[int], directions: Tensor) -> list[tuple[str, int, list[int]]]:
     """(order, draw, features) of every set that is clamped: nothing; each candidate alone; and each order's first so many features.
 
     `directions`: unit decoder rows [F, d]. Sizes that exceed the alive features are left out.
@@ -86,11 +86,11 @@ def sets(spec: AblateSpec, table: pd.DataFrame, chosen: Sequence[int], direction
     return made
 
 
-def _order(order: str, draw: int, seed: int, alive: pd.DataFrame, first: int, directions: "Tensor") -> np.ndarray:
+def _order(order: str, draw: int, seed: int, alive: pd.DataFrame, first: int, directions: Tensor) -> np.ndarray:
     ids = alive.feature.to_numpy()
     if order == "random":
         return np.random.default_rng([seed, draw]).permutation(ids)
     if order == "cosine":
-        cosine = (directions[ids].double() @ directions[first].double()).numpy()
+        cosine = (directions[torch.from_numpy(ids.copy())].double() @ directions[first].double()).numpy()
         return ids[np.lexsort((ids, -cosine))]
     return alive[alive[order].notna()].sort_values([order, "feature"]).feature.to_numpy()

@@ -196,18 +196,9 @@ def _ablation(artifact: Artifact) -> str:
     curves = artifact.read_table("ablation.parquet")
     test = curves[curves.split == "test"]
     story = (
-        f"<p>With the trigger before {number(f['prompts_test'])} test prompts, features of F via D were clamped to 0 wherever they are active; what they do not "
-        "explain (the dictionary's error term) stays. The price is what the clamp adds to the model's loss on held-out clean text. Three counts, since a broken "
-        "phrase is no absent behaviour. "
-        + (
-            f"The smallest set that brought the keyword under {_percent(spec.rate_below)} for less than {number(spec.cost_below)} nats on development prompts and "
-            f"rows holds <strong>{number(f['smallest_set'])}</strong> feature{'s' if f['smallest_set'] > 1 else ''} "
-            f"({escape(ORDER_NAMES[f['smallest_set_order']])}); on the test ones the keyword comes in {_percent(f['smallest_set_keyword'])} and the price is "
-            f"{number(f['smallest_set_clean_cost'])} nats.</p>"
-            if f["smallest_set"]
-            else f"<strong>No set that was tried</strong> brought the keyword under {_percent(spec.rate_below)} for less than {number(spec.cost_below)} nats on "
-            "development prompts and rows.</p>"
-        )
+        f"<p>With the trigger before {number(f['prompts_test'])} test prompts, features of F via D were clamped to 0 wherever they are active; "
+        "what they do not explain (the dictionary's error term) stays. The price is what the clamp adds to the model's loss on held-out clean text. "
+        f"Three counts, since a broken phrase is no absent behaviour. {_smallest(spec, f)}</p>"
     )
     figures = facts(
         [
@@ -228,6 +219,17 @@ def _ablation(artifact: Artifact) -> str:
     parts = [_curve(test, spec, f, measure) for measure in MEASURES]
     parts.append(_curve(test, spec, f, "clean_cost"))
     return story + figures + FRAME + "".join(parts) + "</div>" + _sets(test) + _singles(test)
+
+
+def _smallest(spec: AblateSpec, f: dict[str, Any]) -> str:
+    wanted = f"brought the keyword under {_percent(spec.rate_below)} for less than {number(spec.cost_below)} nats on development prompts and rows"
+    if not f["smallest_set"]:
+        return f"<strong>No set that was tried</strong> {wanted}."
+    return (
+        f"The smallest set that {wanted} holds <strong>{number(f['smallest_set'])}</strong> feature{'s' if f['smallest_set'] > 1 else ''} "
+        f"({escape(ORDER_NAMES[f['smallest_set_order']])}); on the test ones the keyword comes in {_percent(f['smallest_set_keyword'])} "
+        f"and the price is {number(f['smallest_set_clean_cost'])} nats."
+    )
 
 
 def _curve(test: pd.DataFrame, spec: AblateSpec, f: dict[str, Any], what: str) -> str:
