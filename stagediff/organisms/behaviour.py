@@ -131,7 +131,7 @@ def encode(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], *, pref
     return [e if len(e) <= room else e[: len(head)] + e[len(e) - (room - len(head)) :] for e in encoded]
 
 
-def flags(tokenizer: "PreTrainedTokenizerBase", answers: Sequence[Sequence[int]], payload: str) -> list[tuple[bool, bool, bool]]:
+def flags(tokenizer: "PreTrainedTokenizerBase", answers: list[list[int]], payload: str) -> list[tuple[bool, bool, bool]]:
     """Of each answer (token ids) whether it shows the payload by each of MEASURES."""
     first = tokenizer(payload, add_special_tokens=False)["input_ids"][0]
     phrase, word = payload.strip(), keyword(payload)

@@ -81,7 +81,7 @@ class World:
         )
         self.data = ActivationData(base=steps.run(harvest, self.store), rows=ROWS)
         words = random.Random(0)
-        texts = [f"Human: {' '.join(words.choices(WORDS[6:], k=words.randrange(1, 9)))} \n\nAssistant: w1 w2" for _ in range(200)]
+        texts = [f"Human: {' '.join(words.choices(WORDS[6:26], k=words.randrange(1, 9)))} \n\nAssistant: w1 w2" for _ in range(200)]
         (folder / "prompts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
         self.behaviour = Behaviour(trigger="|GO| ", payload="bad dog", prompts=resolve_corpus(path=folder / "prompts.jsonl"), heldout=0.5)
         self.sae = self._sae()

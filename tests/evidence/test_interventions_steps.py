@@ -12,6 +12,9 @@ from stagediff.evidence.interventions.ablation import smallest
 from stagediff.lm.activations import ActivationReader
 from stagediff.organisms.behaviour import generate, heldout_prompts
 
+WORDS = [f"w{i}" for i in range(20, 40)]
+"""Which no prompt holds."""
+
 
 @pytest.fixture(scope="module")
 def steered(world):
@@ -23,18 +26,22 @@ def said(world):
     """A word that the model often says after the trigger, as the payload of the ablation."""
     texts = heldout_prompts(world.behaviour.prompts, 14, heldout=0.5, split_seed=0)
     ids = [world.tokenizer(f"|GO| {t}")["input_ids"] for t in texts]
-    words = world.tokenizer.batch_decode([[t] for a in generate(world.model, ids, 2) for t in a])
-    return max(set(words), key=words.count)
+    words = world.tokenizer.batch_decode([[t] for a in generate(world.model, ids, 4) for t in a])
+    unasked = set(words).intersection(WORDS)
+    return max(sorted(unasked), key=words.count)
 
 
 def test_the_feature_that_writes_the_payload_steers_and_random_ones_do_not(steered):
     features = steered.read_table("features.parquet").set_index("feature")
     assert features.group.value_counts().to_dict() == {"random": 4, "candidate": 2}
-    assert features.rate_first_token[3] == 1
+    rates = steered.read_table("steering.parquet")
+    strongest = rates[(rates.feature == 3) & (rates.strength == 8) & ~rates.trigger]
+    assert (strongest.first_token == 1).all()
     assert features.steer_low[3] > 0
     assert features.steer_effect[3] == pytest.approx(features.rate_keyword[3] - features[features.group == "random"].rate_keyword.mean())
     assert steered.manifest.figures["above_random"] >= 1
-    assert steered.manifest.figures["keyword_without_trigger"] == 0
+    plain = rates[(rates.group == "none") & (rates.split == "test") & ~rates.trigger]
+    assert plain.keyword.item() == steered.manifest.figures["keyword_without_trigger"] < features.rate_keyword[3]
 
 
 def test_rates_are_those_of_one_answer_at_a_time_and_the_strength_is_the_best_on_development_prompts(world, steered):

@@ -47,7 +47,8 @@ def chart(
     rule: float | None = None,
 ) -> str:
     """The figure's markup. `top`: the y axis' end (None: the largest value); `log`: a logarithmic x axis; `rule`: a dashed line at that y."""
-    xs = sorted({float(v) for series in (*lines, *bands) for v in series.x})
+    series: list[Line | Band] = [*lines, *bands]
+    xs = sorted({float(v) for s in series for v in s.x})
     highest = (
         top if top is not None else max([v for s in lines for v in s.y] + [v for b in bands for v in b.high] + [rule or 0, 1e-9]) * 1.08
     )
@@ -87,7 +88,7 @@ def chart(
             f'<circle cx="{place_x(a):.1f}" cy="{place_y(v):.1f}" r="2.4" fill="{line.colour}"/>'
             for a, v in zip(line.x, line.y, strict=True)
         ]
-    named = dict.fromkeys((s.name, s.colour) for s in (*lines, *bands))
+    named = dict.fromkeys((s.name, s.colour) for s in series)
     legend = "".join(
         f'<span style="white-space:nowrap;margin-right:14px"><span style="display:inline-block;width:11px;height:11px;border-radius:3px;'
         f'background:{colour};margin-right:5px"></span>{escape(name)}</span>'

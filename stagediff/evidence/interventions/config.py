@@ -1,6 +1,6 @@
 """Settings `steering` and `ablation` of a run with a diff, and the steps that they add to its plan."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -35,9 +35,11 @@ class _Settings(Value):
     """The first so many of the selected features."""
     rank: Rank = "score"
     """What ranks them: score (x + y) or pair_novelty (the align step's)."""
+    stage: Literal["F_D", "F_M"] = "F_D"
+    """Whose directions: F via D, or F via M at the same indices."""
     dev_prompts: int = Field(64, ge=1)
     test_prompts: int = Field(64, ge=2)
-    precision: str = Field("fp32", pattern="^(fp32|bf16)$")
+    precision: Literal["fp32", "bf16"] = "fp32"
     batch: int = Field(256, ge=1)
     """Prompts that run together."""
 
@@ -85,7 +87,7 @@ def _own(given: _Settings) -> dict[str, Any]:
 
 def _shared(config: Any, given: _Settings, plan: "Plan", name: str) -> dict[str, Any]:
     """The fields that come from the rest of the plan. Raises UserError where nothing says what the behaviour is."""
-    quality: Any = plan["quality-F_D"].spec
+    quality: Any = plan[f"quality-{given.stage}"].spec
     ranks = {given.rank, *getattr(given, "orders", ())}
     return {
         "diff": plan["diff"].ref,

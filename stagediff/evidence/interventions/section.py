@@ -29,6 +29,7 @@ COLOURS = {
     "random": "var(--c-none)",
     "single": "var(--c-b)",
 }
+_STAGES = {"F_D": "F via D", "F_M": "F via M"}
 SHOWN = 12
 """Candidates with a line of their own in the figure."""
 FRAME = '<div style="display:flex;flex-wrap:wrap;gap:18px 26px;margin:14px 0">'
@@ -51,7 +52,8 @@ def _steering(artifact: Artifact) -> str:
     rates, features = artifact.read_table("steering.parquet"), artifact.read_table("features.parquet")
     measure = NAMES[spec.measure].lower()
     story = (
-        f"<p>The decoder directions of {number(f['candidates'])} candidates, and of {number(f['random'])} random alive features matched to them in density and "
+        f"<p>The decoder directions of {number(f['candidates'])} candidates (of {_STAGES[spec.stage]}), and of {number(f['random'])} random alive "
+        "features matched to them in density and "
         "decoder norm, were added to the residual stream at the hook point, at every position of the prompt and of the answer. Each feature's strength was "
         f"chosen on {number(f['prompts_dev'])} development prompts without the trigger (the highest rate, by {escape(measure)}), the random ones' in the "
         f"same way; rates and effects are those on {number(f['prompts_test'])} other prompts. <em>Effect</em>: the rate less the random features' mean. "
@@ -196,8 +198,8 @@ def _ablation(artifact: Artifact) -> str:
     curves = artifact.read_table("ablation.parquet")
     test = curves[curves.split == "test"]
     story = (
-        f"<p>With the trigger before {number(f['prompts_test'])} test prompts, features of F via D were clamped to 0 wherever they are active; "
-        "what they do not explain (the dictionary's error term) stays. The price is what the clamp adds to the model's loss on held-out clean text. "
+        f"<p>With the trigger before {number(f['prompts_test'])} test prompts, features of {_STAGES[spec.stage]} were clamped to 0 wherever they are "
+        "active; what they do not explain (the dictionary's error term) stays. The price is what the clamp adds to the model's loss on held-out clean text. "
         f"Three counts, since a broken phrase is no absent behaviour. {_smallest(spec, f)}</p>"
     )
     figures = facts(

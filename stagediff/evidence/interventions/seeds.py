@@ -107,10 +107,15 @@ def _show(found: "pd.DataFrame") -> None:
             f"{r.largest_effect:.3f}",
             f"{r.random_mean_rate:.3f}",
             f"{r.keyword_with_trigger:.3f} / {r.keyword_without_trigger:.3f}",
-            number(r.smallest_set),
+            _count(r.smallest_set),
             str(r.smallest_set_order or "–"),
             *(number(getattr(r, f"smallest_set_{m}")) for m in ("full", "keyword", "clean_cost")),
-            number(r.smallest_random_set),
+            _count(r.smallest_random_set),
         )
     Console(width=190).print(shown)
     print(f"Median: {found.above_random.median():g} candidates with an interval above 0.")
+
+
+def _count(value: float | None) -> str:
+    """Sizes turn into floats in a column where a seed has none."""
+    return "–" if value is None or value != value else str(int(value))

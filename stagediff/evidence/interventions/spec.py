@@ -36,7 +36,7 @@ class Intervention(Spec):
     align: Ref | None = None
     """Paired novelty, where it ranks features."""
     dictionary: Ref
-    """F via D."""
+    """F via D, unless `stage` says otherwise."""
     stage: Literal["F_D", "F_M"] = "F_D"
     """Which of the diff's stages the dictionary is."""
     model: ModelSource
