@@ -48,6 +48,7 @@ def test_random_features_are_alive_unselected_distinct_and_like_their_candidate(
 
 def test_sets_grow_in_their_order(table, world):
     spec = world.ablate(sizes=(2, 5, 400), draws=3)
+    table = table.assign(trigger=np.random.default_rng(4).normal(size=300))
     directions = torch.nn.functional.normalize(torch.randn(300, 8, generator=torch.Generator().manual_seed(0)), dim=1)
     chosen = candidates(table, 2, "score")
     made = sets(spec, table, chosen, directions)
@@ -56,6 +57,7 @@ def test_sets_grow_in_their_order(table, world):
     assert [f for order, _, f in made if order == "single"] == [[i] for i in chosen]
     alive = table[table.alive]
     assert by["score", 0, 5] == alive.sort_values("score").feature.head(5).tolist()
+    assert by["trigger", 0, 5] == alive.sort_values("trigger").feature.tail(5).tolist()[::-1]
     cosine = (directions.double() @ directions[chosen[0]].double()).numpy()
     assert by["cosine", 0, 5] == sorted(alive.feature, key=lambda i: -cosine[i])[:5]
     assert by["cosine", 0, 5][0] == chosen[0]

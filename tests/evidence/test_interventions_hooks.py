@@ -122,6 +122,6 @@ def test_padding_and_skipped_positions_are_not_touched_with_a_cache(world):
     moved = (seen[0] - plain[0]).abs().amax(-1) > 0.5
     assert moved.tolist() == [[False, False, False, True, True], [False, True, True, True, False]]
     assert [x.shape[1] for x in seen] == [5, 1, 1]
-    touched = hooks._Touched(torch.tensor([2, 0]), (0, 4))
+    touched = hooks.Touched(torch.tensor([2, 0]), (0, 4))
     pieces = [touched.of(torch.zeros(2, n, 16)).tolist() for n in (5, 1, 1)]
     assert pieces[1:] == [[[True], [True]], [[False], [True]]]  # position 4 of the shorter prompt is skipped when it comes

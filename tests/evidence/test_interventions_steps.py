@@ -9,8 +9,11 @@ from stagediff import steps
 from stagediff.errors import UserError
 from stagediff.evidence.interventions import ablation, steering
 from stagediff.evidence.interventions.ablation import smallest
+from stagediff.evidence.interventions.contrast import trigger_contrast
+from stagediff.evidence.interventions.setting import Setting
 from stagediff.lm.activations import ActivationReader
 from stagediff.organisms.behaviour import generate, heldout_prompts
+from stagediff.progress import Progress
 
 WORDS = [f"w{i}" for i in range(20, 40)]
 """Which no prompt holds."""
@@ -113,7 +116,7 @@ def test_a_killed_step_goes_on_and_ends_in_the_same_bytes(world, monkeypatch, ma
     again = world.store.artifact(spec.ref)
     assert {n: again.read_bytes(n) for n in again.names()} == bytes_before
     assert again.manifest.figures == figures
-    total = 7 if make == "steer" else 1 + 2 + 4 * 3
+    total = 7 if make == "steer" else 1 + 2 + 5 * 3
     assert len(calls) == total + 1  # the three before the kill were not measured again
 
 
@@ -146,6 +149,24 @@ def test_ablation_counts_what_is_left_and_the_clean_cost(world, said):
     handle.remove()
     assert some.set_index("split").clean_cost["dev"] == pytest.approx(cost[:4].mean(), rel=1e-3)
     assert some.set_index("split").clean_cost["test"] == pytest.approx(cost[4:].mean(), rel=1e-3)
+
+
+def test_what_the_trigger_switches_on_is_measured_over_prompts_and_answers(world):
+    spec = world.ablate(batch=4)
+    with world.store.write(spec) as writer:
+        setting = Setting.of(spec, steps.Job(world.store, writer, Progress()))
+    found = trigger_contrast(setting, 4)
+    means = []
+    for asked in (setting.prompts.triggered[:6], setting.prompts.without[:6]):
+        seen = []
+        for ids in asked:
+            whole = ids + generate(world.model, [ids], setting.prompts.length)[0]
+            with torch.no_grad():
+                x = world.model(torch.tensor([whole[:-1]]), use_cache=False, output_hidden_states=True).hidden_states[2][0, 1:].double()
+            seen.append(torch.relu(x * world.sae.input_scale @ world.sae.W_enc.double() + world.sae.b_enc.double()))
+        means.append(torch.cat(seen).mean(0))
+    wanted = (means[0] - means[1]) * world.sae.W_dec.double().norm(dim=1)
+    np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-3, atol=1e-4)
 
 
 def test_the_smallest_set_is_chosen_on_development_prompts_and_never_at_random():

@@ -17,6 +17,7 @@ from torch import Tensor
 from stagediff.evidence.interventions import hooks
 from stagediff.evidence.interventions.answers import answers
 from stagediff.evidence.interventions.candidates import candidates, feature_table, sets
+from stagediff.evidence.interventions.contrast import trigger_contrast
 from stagediff.evidence.interventions.setting import Setting, clean_rows
 from stagediff.evidence.interventions.spec import AblateSpec
 from stagediff.organisms.behaviour import MEASURES, flags
@@ -36,6 +37,8 @@ def compute(spec: AblateSpec, job: "Job") -> dict[str, Any]:
     setting = Setting.of(spec, job)
     table = feature_table(spec, job)
     chosen = candidates(table, spec.candidates, spec.rank)
+    if "trigger" in spec.orders:
+        table["trigger"] = trigger_contrast(setting, spec.batch)[table.feature.to_numpy()]
     made = sets(spec, table, chosen, setting.sae.directions().cpu())
     rows = clean_rows(setting.reader, spec.rows)
     hits, clean = _measure(spec, job, setting, [features for *_, features in made], rows)
@@ -139,7 +142,10 @@ def _figures(spec: AblateSpec, curves: pd.DataFrame, chosen: list[int]) -> dict[
 
 COLUMNS = {
     "set": ("index", "as in sets.parquet; 0: nothing is clamped"),
-    "order": ("name", "none; single: one candidate; cosine: nearest to the first candidate; score, pair_novelty: lowest; random"),
+    "order": (
+        "name",
+        "none; single: one candidate; cosine: nearest to the first candidate; score, pair_novelty: lowest; trigger: most active with it; random",
+    ),
     "draw": ("index", "of a random order"),
     "size": ("features", "clamped to 0 where active"),
     "first": ("index", "the set's first feature (-1: none)"),

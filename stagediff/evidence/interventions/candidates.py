@@ -75,7 +75,7 @@ def matched(table: pd.DataFrame, chosen: Sequence[int], count: int, seed: int) -
 def sets(spec: AblateSpec, table: pd.DataFrame, chosen: Sequence[int], directions: Tensor) -> list[tuple[str, int, list[int]]]:
     """(order, draw, features) of every set that is clamped: nothing; each candidate alone; and each order's first so many features.
 
-    `directions`: unit decoder rows [F, d]. Sizes that exceed the alive features are left out.
+    `table`: as `feature_table`'s, with a column `trigger` where that is an order. `directions`: unit decoder rows [F, d]. Sizes that exceed the alive features are left out.
     """
     alive = table.feature[table.alive].to_numpy()
     made: list[tuple[str, int, list[int]]] = [("none", 0, []), *(("single", 0, [i]) for i in chosen)]
@@ -93,4 +93,5 @@ def _order(order: str, draw: int, seed: int, alive: pd.DataFrame, first: int, di
     if order == "cosine":
         cosine = (directions[torch.from_numpy(ids.copy())].double() @ directions[first].double()).numpy()
         return ids[np.lexsort((ids, -cosine))]
-    return alive[alive[order].notna()].sort_values([order, "feature"]).feature.to_numpy()
+    able = alive[alive[order].notna()]
+    return able.sort_values([order, "feature"], ascending=[order != "trigger", True]).feature.to_numpy()

@@ -18,7 +18,7 @@ from stagediff.lm import hooks
 from stagediff.lm.spec import HookPoint
 from stagediff.sae.dictionary import SAE
 
-__all__ = ["Clamp", "add", "clamp"]
+__all__ = ["ENCODED_BYTES", "Clamp", "Touched", "add", "clamp"]
 
 ENCODED_BYTES = 64 << 20
 """Feature activations [positions, F] at once."""
@@ -34,7 +34,7 @@ def add(model: nn.Module, hook: HookPoint, vectors: Tensor, *, padding: Tensor |
     padding: [rows] positions of padding at each row's left; None: none.
     skip: positions of the text, counted without padding, that are left as they are.
     """
-    touched = _Touched(padding, skip)
+    touched = Touched(padding, skip)
 
     def added(x: Tensor) -> Tensor:
         return _where(touched.of(x), x + vectors.to(x.device, x.dtype)[:, None], x)
@@ -55,7 +55,7 @@ def clamp(
     skip: Sequence[int] = (),
 ) -> Iterator[None]:
     """Within it the features have `value` wherever they are active, the dictionary's error term kept. `padding`, `skip`: as of `add`."""
-    touched, change = _Touched(padding, skip), Clamp(sae, features, value)
+    touched, change = Touched(padding, skip), Clamp(sae, features, value)
 
     def clamped(x: Tensor) -> Tensor:
         return _where(touched.of(x), change(x), x)
@@ -85,7 +85,7 @@ class Clamp:
         return x + torch.where(f > 0, self.value - f, 0.0) @ self.decoder
 
 
-class _Touched:
+class Touched:
     """Which positions of the next piece of a batch an intervention may touch."""
 
     def __init__(self, padding: Tensor | None, skip: Sequence[int]):

@@ -20,6 +20,7 @@ ORDER_NAMES = {
     "cosine": "nearest to the first candidate",
     "score": "lowest x + y",
     "pair_novelty": "lowest paired novelty",
+    "trigger": "most active with the trigger",
     "random": "random",
 }
 COLOURS = {

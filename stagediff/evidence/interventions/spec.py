@@ -11,8 +11,8 @@ __all__ = ["ORDERS", "AblateSpec", "Behaviour", "Measure", "Order", "Rank", "Ste
 
 Measure = Literal["full", "keyword", "first_token"]
 Rank = Literal["score", "pair_novelty"]
-Order = Literal["cosine", "score", "pair_novelty", "random"]
-ORDERS: tuple[Order, ...] = ("cosine", "score", "pair_novelty", "random")
+Order = Literal["cosine", "score", "pair_novelty", "trigger", "random"]
+ORDERS: tuple[Order, ...] = ("cosine", "score", "pair_novelty", "trigger", "random")
 
 
 class Behaviour(Value):
@@ -93,8 +93,9 @@ class AblateSpec(Intervention):
 
     step = "ablate"
     sizes: tuple[int, ...] = (5, 10, 20, 50, 100, 200)
-    orders: tuple[Order, ...] = ("cosine", "score", "random")
-    """Which features come first: nearest in decoder cosine to the first candidate (itself among them), lowest x + y, lowest paired novelty, by chance."""
+    orders: tuple[Order, ...] = ("cosine", "score", "trigger", "random")
+    """Which features come first: nearest in decoder cosine to the first candidate (itself among them), lowest x + y, lowest paired novelty, most active
+    with the trigger against without it (development prompts), by chance."""
     draws: int = Field(3, ge=1)
     """How many random orders."""
     rows: int = Field(128, ge=2)
