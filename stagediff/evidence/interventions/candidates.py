@@ -75,7 +75,8 @@ def matched(table: pd.DataFrame, chosen: Sequence[int], count: int, seed: int) -
 def sets(spec: AblateSpec, table: pd.DataFrame, chosen: Sequence[int], directions: Tensor) -> list[tuple[str, int, list[int]]]:
     """(order, draw, features) of every set that is clamped: nothing; each candidate alone; and each order's first so many features.
 
-    `table`: as `feature_table`'s, with a column `trigger` where that is an order. `directions`: unit decoder rows [F, d]. Sizes that exceed the alive features are left out.
+    `table`: as `feature_table`'s, with a column `trigger` where that is an order. `directions`: unit decoder rows [F, d].
+    Sizes that exceed the alive features are left out.
     """
     alive = table.feature[table.alive].to_numpy()
     made: list[tuple[str, int, list[int]]] = [("none", 0, []), *(("single", 0, [i]) for i in chosen)]

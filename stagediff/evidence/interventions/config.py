@@ -37,7 +37,7 @@ class _Settings(Value):
     """What ranks them: score (x + y) or pair_novelty (the align step's)."""
     stage: Literal["F_D", "F_M"] = "F_D"
     """Whose directions: F via D, or F via M at the same indices."""
-    dev_prompts: int = Field(64, ge=1)
+    dev_prompts: int = Field(32, ge=1)
     test_prompts: int = Field(64, ge=2)
     precision: Literal["fp32", "bf16"] = "fp32"
     batch: int = Field(256, ge=1)

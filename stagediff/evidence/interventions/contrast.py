@@ -1,7 +1,7 @@
 """What the trigger switches on: how much more of each feature there is in a triggered prompt and its answer than without the trigger.
 
-Development prompts only. Per feature the mean activation over all positions of prompt and answer that the dictionary was trained on, times its decoder norm: with
-the trigger less without it.
+Development prompts only. Per feature the mean activation over all positions of prompt and answer that the dictionary was trained on, times its
+decoder norm: with the trigger less without it.
 """
 
 from collections.abc import Iterator

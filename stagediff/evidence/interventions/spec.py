@@ -48,7 +48,7 @@ class Intervention(Spec):
     """The first so many of the diff's selected features; of all alive features where none is selected."""
     rank: Rank = "score"
     """What ranks them, lowest first: x + y at one index, or the paired novelty of the align step."""
-    dev_prompts: int = Field(64, ge=1)
+    dev_prompts: int = Field(32, ge=1)
     """Held-out prompts on which strengths and sets are chosen."""
     test_prompts: int = Field(64, ge=2)
     """Others, on which they are reported."""

@@ -6,7 +6,8 @@ what is reported is its rate on test prompts at that strength. The random featur
 The effect is the rate less the random features' mean, with an interval (`intervals`); the same for each random feature against the others tells
 how often that interval lies above 0 where there is nothing to find.
 
-Fluency is the base model's loss on the answer, in nats per token: text that broke is unlikely to it, and so is the behaviour itself.
+Fluency is the base model's loss on the answer, in nats per token: text that broke is unlikely to it, and so is the behaviour itself. It is measured
+without the trigger: with it the finetuned model's answer is the behaviour anyway.
 """
 
 import time
@@ -81,21 +82,22 @@ class _Steerer:
         return answers(self.setting.loaded.model, prompts, tokens, self.spec.batch, edit if any(strengths) else None)
 
     def measure(self, feature: int, strengths: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """What the answers show [strengths, triggers, prompts, measures] uint8, and their base loss [strengths, triggers, prompts] float32."""
+        """What the answers show [strengths, triggers, prompts, measures] uint8; base loss without the trigger [strengths, prompts] float32."""
         prompts = self.setting.prompts
         asked = [*prompts.without, *prompts.triggered] * len(strengths)
         each = [s for s in strengths for _ in range(len(asked) // len(strengths))]
         got = self.answers(asked, [feature] * len(asked), each, prompts.length)
         shape = (len(strengths), len(TRIGGERS), len(prompts.texts))
         shown = np.array(flags(self.setting.loaded.tokenizer, got, self.spec.behaviour.payload), dtype=np.uint8)
-        losses = continuation_losses(self.base.model, asked, got, self.spec.batch)
-        return shown.reshape(*shape, len(MEASURES)), losses.astype(np.float32).reshape(shape)
+        plain = np.arange(len(asked)).reshape(shape)[:, 0].ravel()
+        losses = continuation_losses(self.base.model, [asked[i] for i in plain], [got[i] for i in plain], self.spec.batch)
+        return shown.reshape(*shape, len(MEASURES)), losses.astype(np.float32).reshape(len(strengths), -1)
 
 
 def _measure(spec: SteerSpec, job: "Job", steerer: _Steerer, features: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """hits [features, strengths, triggers, prompts, measures], fluency without the last axis, and both without intervention (no first two axes)."""
+    """hits [features, strengths, triggers, prompts, measures], fluency [features, strengths, prompts], and both without intervention (no first two axes)."""
     shape = (1 + len(features), len(spec.strengths), len(TRIGGERS), spec.dev_prompts + spec.test_prompts)
-    hits, fluency, done = np.zeros((*shape, len(MEASURES)), np.uint8), np.zeros(shape, np.float32), 0
+    hits, fluency, done = np.zeros((*shape, len(MEASURES)), np.uint8), np.zeros((*shape[:2], shape[3]), np.float32), 0
     saved = job.writer.training.latest()
     if saved is not None:
         done, tensors, _ = saved
@@ -168,7 +170,15 @@ def _rates(
             for split in SPLITS:
                 part = setting.prompts.split(split)
                 rates = dict(zip(MEASURES, shown[t, part].mean(0), strict=True))
-                rows.append({**about, "split": split, "trigger": trigger, **rates, "fluency": float(losses[t, part].astype(float).mean())})
+                rows.append(
+                    {
+                        **about,
+                        "split": split,
+                        "trigger": trigger,
+                        **rates,
+                        "fluency": float("nan") if trigger else float(losses[part].astype(float).mean()),
+                    }
+                )
 
     add({"feature": -1, "group": "none", "strength": 0.0, "chosen": False}, none_hits, none_fluency)
     for i, feature in enumerate(described.itertuples(index=False)):
@@ -230,7 +240,7 @@ COLUMNS = {
     "full": ("share", "of the answers that hold the whole payload"),
     "keyword": ("share", "of the answers that hold its longest word"),
     "first_token": ("share", "of the answers that begin with its first token"),
-    "fluency": ("nats per token", "the base model's loss on the answers"),
+    "fluency": ("nats per token", "the base model's loss on the answers (empty: with the trigger, not measured)"),
 }
 FEATURE_COLUMNS = {
     "feature": ("index", "of the dictionary"),
