@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from stagediff.markup import escape, number
+from stagediff.markup import escape
 
 __all__ = ["Band", "Line", "chart"]
 
@@ -69,8 +69,8 @@ def chart(
         value = lowest + (highest - lowest) * i / 4
         h = place_y(value)
         parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{h:.1f}" y2="{h:.1f}" stroke="var(--grid)"/>')
-        parts.append(_text(LEFT - 7, h + 4, number(round(value, 4)), "end"))
-    parts += [_text(place_x(v), HEIGHT - BOTTOM + 18, number(v), "middle") for v in _spread(xs, place_x)]
+        parts.append(_text(LEFT - 7, h + 4, f"{value:.3g}", "end"))
+    parts += [_text(place_x(v), HEIGHT - BOTTOM + 18, f"{v:g}", "middle") for v in _spread(xs, place_x)]
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x, "middle"))
     for band in bands:
         area = points(band.x, band.high) + " " + points(list(band.x)[::-1], list(band.low)[::-1])

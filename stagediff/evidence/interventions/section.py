@@ -27,6 +27,7 @@ COLOURS = {
     "cosine": "var(--c-both)",
     "score": "var(--c-a)",
     "pair_novelty": "var(--c-born)",
+    "trigger": "var(--good)",
     "random": "var(--c-none)",
     "single": "var(--c-b)",
 }
@@ -268,7 +269,7 @@ _HEAD = ("Clamped", "Features", *NAMES.values(), "Clean loss added, nats")
 
 
 def _row(name: str, r: Any) -> list[Any]:
-    return [name, int(r.size), *(_percent(getattr(r, m)) for m in MEASURES), f"{r.clean_cost:+.4f}"]
+    return [name, int(r.size), *(_percent(getattr(r, m)) for m in MEASURES), f"{round(r.clean_cost, 4) + 0.0:+.4f}"]
 
 
 def _percent(value: Any) -> str:
