@@ -58,6 +58,8 @@ def test_sets_grow_in_their_order(table, world):
     alive = table[table.alive]
     assert by["score", 0, 5] == alive.sort_values("score").feature.head(5).tolist()
     assert by["trigger", 0, 5] == alive.sort_values("trigger").feature.tail(5).tolist()[::-1]
+    lowest = alive.sort_values("score").head(round(0.1 * len(alive)))
+    assert by["region", 0, 5] == lowest.sort_values("trigger").feature.tail(5).tolist()[::-1]
     cosine = (directions.double() @ directions[chosen[0]].double()).numpy()
     assert by["cosine", 0, 5] == sorted(alive.feature, key=lambda i: -cosine[i])[:5]
     assert by["cosine", 0, 5][0] == chosen[0]

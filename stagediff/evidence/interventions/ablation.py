@@ -37,7 +37,7 @@ def compute(spec: AblateSpec, job: "Job") -> dict[str, Any]:
     setting = Setting.of(spec, job)
     table = feature_table(spec, job)
     chosen = candidates(table, spec.candidates, spec.rank)
-    if "trigger" in spec.orders:
+    if {"trigger", "region"} & set(spec.orders):
         table["trigger"] = trigger_contrast(setting, spec.batch)[table.feature.to_numpy()]
     made = sets(spec, table, chosen, setting.sae.directions().cpu())
     rows = clean_rows(setting.reader, spec.rows)
@@ -144,7 +144,7 @@ COLUMNS = {
     "set": ("index", "as in sets.parquet; 0: nothing is clamped"),
     "order": (
         "name",
-        "none; single: one candidate; cosine: nearest to the first candidate; score, pair_novelty: lowest; trigger: most active with it; random",
+        "none; single: one candidate; cosine: nearest to the first candidate; score, pair_novelty: lowest; trigger: most active with it; region: so within the lowest tenth by x + y; random",
     ),
     "draw": ("index", "of a random order"),
     "size": ("features", "clamped to 0 where active"),

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["candidates", "feature_table", "matched", "sets"]
 
+REGION = 0.1
+"""Share of the alive features, lowest x + y first, of which the order `region` takes those that are most active with the trigger."""
 NEAREST = 10
 """Features like a candidate, from which its random ones are drawn."""
 
@@ -75,15 +77,14 @@ def matched(table: pd.DataFrame, chosen: Sequence[int], count: int, seed: int) -
 def sets(spec: AblateSpec, table: pd.DataFrame, chosen: Sequence[int], directions: Tensor) -> list[tuple[str, int, list[int]]]:
     """(order, draw, features) of every set that is clamped: nothing; each candidate alone; and each order's first so many features.
 
-    `table`: as `feature_table`'s, with a column `trigger` where that is an order. `directions`: unit decoder rows [F, d].
-    Sizes that exceed the alive features are left out.
+    `table`: as `feature_table`'s, with a column `trigger` where an order needs it. `directions`: unit decoder rows [F, d].
+    Sizes that exceed an order's features are left out.
     """
-    alive = table.feature[table.alive].to_numpy()
     made: list[tuple[str, int, list[int]]] = [("none", 0, []), *(("single", 0, [i]) for i in chosen)]
     for order in spec.orders:
         for draw in range(spec.draws if order == "random" else 1):
             ranked = _order(order, draw, spec.seed, table[table.alive], chosen[0], directions)
-            made += [(order, draw, [int(i) for i in ranked[:size]]) for size in spec.sizes if size <= len(alive)]
+            made += [(order, draw, [int(i) for i in ranked[:size]]) for size in spec.sizes if size <= len(ranked)]
     return made
 
 
@@ -94,5 +95,8 @@ def _order(order: str, draw: int, seed: int, alive: pd.DataFrame, first: int, di
     if order == "cosine":
         cosine = (directions[torch.from_numpy(ids.copy())].double() @ directions[first].double()).numpy()
         return ids[np.lexsort((ids, -cosine))]
+    if order == "region":
+        ranked = alive[alive.score.notna()].sort_values(["score", "feature"])
+        alive, order = ranked.head(max(1, round(REGION * len(ranked)))), "trigger"
     able = alive[alive[order].notna()]
     return able.sort_values([order, "feature"], ascending=[order != "trigger", True]).feature.to_numpy()

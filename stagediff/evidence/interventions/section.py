@@ -21,6 +21,7 @@ ORDER_NAMES = {
     "score": "lowest x + y",
     "pair_novelty": "lowest paired novelty",
     "trigger": "most active with the trigger",
+    "region": "most active with it in the lowest tenth by x + y",
     "random": "random",
 }
 COLOURS = {
@@ -28,6 +29,7 @@ COLOURS = {
     "score": "var(--c-a)",
     "pair_novelty": "var(--c-born)",
     "trigger": "var(--good)",
+    "region": "var(--c-b)",
     "random": "var(--c-none)",
     "single": "var(--c-b)",
 }
