@@ -144,7 +144,7 @@ COLUMNS = {
     "set": ("index", "as in sets.parquet; 0: nothing is clamped"),
     "order": (
         "name",
-        "none; single: one candidate; cosine: nearest to the first candidate; score, pair_novelty: lowest; trigger: most active with it; region: so within the lowest tenth by x + y; random",
+        "none; single: one candidate; else what the set holds the first of (AblateSpec.orders)",
     ),
     "draw": ("index", "of a random order"),
     "size": ("features", "clamped to 0 where active"),
