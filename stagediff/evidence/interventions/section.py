@@ -144,7 +144,7 @@ def _effects(features: pd.DataFrame, spec: SteerSpec) -> str:
                 [
                     f"{r.feature}",
                     group if group == "candidate" else f"random, like {r.matched_to}",
-                    number(float(r.strength)),
+                    f"{r.strength:g}",
                     *(_percent(getattr(r, f"rate_{m}")) for m in MEASURES),
                     _signed(r.steer_effect),
                     f"{_signed(r.steer_low)} … {_signed(r.steer_high)}",
@@ -172,9 +172,10 @@ def _told(told: pd.DataFrame) -> str:
         return ""
     parts = ["<h3>Answers side by side</h3><p>Greedy answers to test prompts; every feature at its strength.</p>"]
     for prompt, of in told.groupby("prompt", sort=False):
-        rows = [[_who(r), r.answer] for r in of.itertuples(index=False)]
+        rows = [[_who(r), str(r.answer).replace("\n", " ⏎ ")] for r in of.itertuples(index=False)]
         body = "".join(
-            f'<tr><th scope="row" style="white-space:nowrap">{escape(who)}</th><td><code style="white-space:pre-wrap">{escape(text)}</code></td></tr>'
+            f'<tr><th scope="row" style="white-space:nowrap">{escape(who)}</th><td><code style="white-space:pre-wrap;overflow-wrap:anywhere">'
+            f"{escape(text)}</code></td></tr>"
             for who, text in rows
         )
         parts.append(
@@ -188,7 +189,7 @@ def _told(told: pd.DataFrame) -> str:
 def _who(row: Any) -> str:
     if row.group == "none":
         return "nothing, with the trigger" if row.trigger else "nothing"
-    return f"{row.feature}, {row.group}, + {number(float(row.strength))}"
+    return f"{row.feature}, {row.group}, + {row.strength:g}"
 
 
 def _short(text: str, most: int = 160) -> str:
