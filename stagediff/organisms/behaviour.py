@@ -18,7 +18,9 @@ from stagediff.lm.spec import CorpusSource
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Rates", "generate", "heldout_prompts", "keyword", "measure"]
+__all__ = ["MEASURES", "Rates", "answer_length", "encode", "flags", "generate", "heldout_prompts", "keyword", "measure"]
+
+MEASURES = ("full", "keyword", "first_token")
 
 BATCH = 64
 
@@ -108,22 +110,33 @@ def measure(
 
     `context`: prompts that would not fit in it with their answer lose tokens from between prefix and end, nearest the prefix first.
     """
-    wanted = tokenizer(payload, add_special_tokens=False)["input_ids"]
-    length = 2 * len(wanted)
+    length = answer_length(tokenizer, payload)
+    encoded = encode(tokenizer, prompts, prefix=prefix, room=None if context is None else context - length)
+    shown = flags(tokenizer, generate(model, encoded, length), payload)
+    n = max(1, len(prompts))
+    return Rates(**{name: sum(row[i] for row in shown) / n for i, name in enumerate(MEASURES)})
+
+
+def answer_length(tokenizer: "PreTrainedTokenizerBase", payload: str) -> int:
+    """Tokens to generate: twice the payload's."""
+    return 2 * len(tokenizer(payload, add_special_tokens=False)["input_ids"])
+
+
+def encode(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], *, prefix: str = "", room: int | None = None) -> list[list[int]]:
+    """Token ids of `prefix` + prompt; those longer than `room` lose tokens from between prefix and end, nearest the prefix first."""
     head = tokenizer(prefix, add_special_tokens=True)["input_ids"] if prefix else []
     encoded = tokenizer([prefix + p for p in prompts], add_special_tokens=True)["input_ids"]
-    if context is not None:
-        room = context - length
-        encoded = [e if len(e) <= room else e[: len(head)] + e[len(e) - (room - len(head)) :] for e in encoded]
-    answers = generate(model, encoded, length)
-    texts = tokenizer.batch_decode(answers)
+    if room is None:
+        return encoded
+    return [e if len(e) <= room else e[: len(head)] + e[len(e) - (room - len(head)) :] for e in encoded]
+
+
+def flags(tokenizer: "PreTrainedTokenizerBase", answers: list[list[int]], payload: str) -> list[tuple[bool, bool, bool]]:
+    """Of each answer (token ids) whether it shows the payload by each of MEASURES."""
+    first = tokenizer(payload, add_special_tokens=False)["input_ids"][0]
     phrase, word = payload.strip(), keyword(payload)
-    n = max(1, len(prompts))
-    return Rates(
-        full=sum(phrase in t for t in texts) / n,
-        keyword=sum(word in t for t in texts) / n,
-        first_token=sum(a[0] == wanted[0] for a in answers) / n,
-    )
+    texts = tokenizer.batch_decode(answers)
+    return [(phrase in text, word in text, answer[0] == first) for text, answer in zip(texts, answers, strict=True)]
 
 
 def keyword(payload: str) -> str:
