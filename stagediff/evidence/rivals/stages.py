@@ -1,0 +1,98 @@
+"""Adds the rivals to a stage-wise run's plan: they read the rows of its stages, found by what the diff compares."""
+
+from typing import TYPE_CHECKING, Any
+
+from stagediff.config import RunConfig
+from stagediff.diff.spec import DiffSpec
+from stagediff.errors import UserError
+from stagediff.evidence.rivals.config import RivalsConfig
+from stagediff.evidence.rivals.spec import CrosscoderSpec, DifferenceSpec, LatentsSpec, RivalsSpec
+from stagediff.lm.estimate import spec_of
+from stagediff.plan import Plan
+from stagediff.sae.spec import DictionaryConfig
+from stagediff.spec import Ref, Spec
+
+if TYPE_CHECKING:
+    from stagediff.diff.config import StagewiseConfig
+    from stagediff.store import Store
+
+__all__ = ["lineage", "plan"]
+
+BEHIND_THE_SCATTER = ("S", "D", "M", "F_D", "F_M")
+
+
+def plan(config: RunConfig, settings: dict[str, Any], into: Plan, store: "Store") -> None:
+    """Trainings, latents and the table. Raises UserError where a rival cannot be had for this run's dictionary."""
+    given = RivalsConfig.model_validate(settings)
+    run: StagewiseConfig = getattr(config, "stagewise", config)  # type: ignore[assignment]
+    diff = into["diff"].spec
+    assert isinstance(diff, DiffSpec)
+    trainings = {stage: lineage(ref, into) for stage, ref in diff.dictionaries.items()}
+    tokens = given.tokens or _behind(trainings, into)
+    d, m = (spec_of(diff.dictionaries[stage], into) for stage in ("D", "F_D"))
+    held = [spec_of(diff.statistics[stage], into).data for stage in ("D", "F_D")]
+    common: dict[str, Any] = {
+        "base": d.data,
+        "finetuned": m.data,
+        "budget": _budget(into, diff, tokens),
+        "order_seed": d.order_seed,
+        "compute": d.compute,
+        "checkpoint_tokens": max(d.budget.batch, tokens // 10),
+        "seed": run.seed,
+    }
+    latents: dict[str, Ref] = {}
+    for method in given.methods:
+        made = into.add(method, _spec(method, given, run.dictionary, common))
+        trainings[method] = (made,)
+        top = spec_of(diff.statistics["F_D"], into).top
+        spec = LatentsSpec(dictionary=made, base=held[0], finetuned=held[1], top=top, alive_firings=diff.alive_firings)
+        latents[method] = into.add(f"latents-{method}", spec)
+    into.add("rivals", RivalsSpec(diff=into["diff"].ref, align=into["align"].ref, latents=latents, trainings=trainings))
+
+
+def lineage(ref: Ref, plan: Plan) -> tuple[Ref, ...]:
+    """The dictionaries that `ref` was trained on from, first one first, and itself."""
+    found = [ref]
+    spec = spec_of(ref, plan)
+    while hasattr(spec, "start"):
+        found.append(spec.start)
+        spec = spec_of(spec.start, plan)
+    return tuple(reversed(found))
+
+
+def _behind(trainings: dict[str, tuple[Ref, ...]], plan: Plan) -> int:
+    """Tokens that all dictionaries behind the scatter were trained on."""
+    refs = dict.fromkeys(ref for stage in BEHIND_THE_SCATTER for ref in trainings[stage])
+    return sum(spec.budget.tokens for spec in (spec_of(ref, plan) for ref in refs) if hasattr(spec, "budget"))
+
+
+def _budget(plan: Plan, diff: DiffSpec, tokens: int) -> Any:
+    """S's learning rate and schedule (a rival is trained from scratch); a finetune's where S was trained elsewhere."""
+    s = spec_of(diff.dictionaries["S"], plan)
+    like = s if hasattr(s, "budget") else spec_of(diff.dictionaries["D"], plan)
+    return like.budget.model_copy(update={"tokens": tokens})
+
+
+def _spec(method: str, given: RivalsConfig, dictionary: DictionaryConfig, common: dict[str, Any]) -> Spec:
+    changes: dict[str, Any] = {} if given.features is None else {"features": given.features}
+    if method == "difference-sae":
+        return DifferenceSpec(dictionary=dictionary.model_copy(update=changes), **common)
+    own = {
+        "architecture": "relu" if method == "crosscoder-l1" else "batchtopk",
+        "decoder_norm": None,
+        "initial_norm": None,
+        "subtract_b_dec": None,
+    }
+    if method == "crosscoder-l1":
+        changes |= {**own, "auxk": None, "l1": dictionary.l1 if given.l1 is None else given.l1}
+        return CrosscoderSpec(dictionary=_checked(dictionary, changes), shared=given.shared, shared_l1=given.shared_l1, **common)
+    changes |= {**own, "auxk": dictionary.auxk if dictionary.architecture in ("topk", "batchtopk") else None, "k": given.k or dictionary.k}
+    return CrosscoderSpec(dictionary=_checked(dictionary, changes), **common)
+
+
+def _checked(dictionary: DictionaryConfig, changes: dict[str, Any]) -> DictionaryConfig:
+    """The dictionary's settings with these changes, validated."""
+    features, k = changes.get("features", dictionary.features), changes.get("k", dictionary.k)
+    if changes["architecture"] == "batchtopk" and k > features:
+        raise UserError(f"rivals.k is {k}, but the crosscoder has {features} latents. Set rivals.k to between 1 and that number.")
+    return DictionaryConfig.model_validate({**dictionary.model_dump(), **changes})
