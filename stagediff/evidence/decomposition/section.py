@@ -43,8 +43,8 @@ def section(context: ReportContext) -> Section | None:
         'alone, the model path alone, coloured by the quadrants of the first"></figure>'
         + _table(mixing)
         + '<p class="small muted">AUROC: how often a feature of the group has the lower sum of the two cosines than one of the others (0.5: mixed). In '
-        "brackets the 95 % interval of a bootstrap over features. Separable: the share of the group below the lowest 1 % of the others. The groups are made of x and y, "
-        "so that the first view tells them apart by construction; what the other views lose is what the second path is worth. "
+        "brackets the 95 % interval of a bootstrap over features. Separable: the share of the group below the lowest 1 % of the others. The groups are made of "
+        "x and y, so that the first view tells them apart by construction; what the other views lose is what the second path is worth. "
         'Pictures for papers: <a href="decomposition.svg">decomposition.svg</a>, <a href="decomposition.png">decomposition.png</a>.</p>'
     )
     return Section("decomposition", "Decomposition", 15, html, figures=files)
