@@ -1,11 +1,12 @@
 """Sizes of the rivals for `stagediff plan`."""
 
 from stagediff.estimate import Estimate
-from stagediff.evidence.rivals.spec import CrosscoderSpec, DifferenceSpec, LatentsSpec, RivalsSpec
+from stagediff.evidence.rivals.spec import BaselineSpec, CrosscoderSpec, DifferenceSpec, LatentsSpec, RivalsSpec
 from stagediff.lm.estimate import activation_shape, spec_of
 from stagediff.plan import Plan
+from stagediff.sae.estimate import features_of
 
-__all__ = ["latents", "table", "training"]
+__all__ = ["baseline", "latents", "table", "training"]
 
 
 def training(spec: CrosscoderSpec | DifferenceSpec, plan: Plan) -> Estimate:
@@ -24,6 +25,15 @@ def latents(spec: LatentsSpec, plan: Plan) -> Estimate:
 
 def table(spec: RivalsSpec, plan: Plan) -> Estimate:
     return Estimate(bytes=8192, seconds=0.5)
+
+
+def baseline(spec: BaselineSpec, plan: Plan) -> Estimate:
+    """The region's and the random sample's cosines with every alive latent, in both diffs, and their examples' tokens."""
+    diff = spec_of(spec.diff, plan)
+    features = features_of(diff.dictionaries["S"], plan)
+    _, d, _ = activation_shape(spec_of(diff.statistics["F_D"], plan).data, plan)
+    named = diff.random_sample + features // 100
+    return Estimate(bytes=4096, flops=4.0 * named * features * d, seconds=0.5 + 2e-5 * features)
 
 
 def _width(spec: CrosscoderSpec | DifferenceSpec, plan: Plan) -> int:

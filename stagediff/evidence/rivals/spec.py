@@ -8,7 +8,7 @@ from stagediff.lm.spec import ActivationData
 from stagediff.sae.spec import Budget, DictionaryConfig
 from stagediff.spec import Ref, Spec
 
-__all__ = ["CrosscoderSpec", "DifferenceSpec", "LatentsSpec", "RivalsSpec"]
+__all__ = ["BaselineSpec", "CrosscoderSpec", "DifferenceSpec", "LatentsSpec", "RivalsSpec"]
 
 
 class _Rival(Spec):
@@ -67,3 +67,17 @@ class RivalsSpec(Spec):
     """Method -> its latents."""
     trainings: dict[str, tuple[Ref, ...]]
     """Which dictionaries each score rests on, from the first training on: the stages "S", "D", … of the diff, and the methods."""
+
+
+class BaselineSpec(Spec):
+    """P1's baseline: the base model in place of the finetuned one, with the same mix; and what tells its features from the real run's."""
+
+    step = "baseline"
+    kind = "evidence"
+    diff: Ref
+    baseline: Ref
+    """The diff of the same run with the base model as both models."""
+    neighbours: int = Field(10, ge=1)
+    """Nearest other alive latents over which clustering is taken."""
+    single_token: float = Field(0.9, gt=0, le=1)
+    """Share of a feature's top examples that peak on one token, from which it counts as single-token."""

@@ -3,10 +3,11 @@
 from typing import TYPE_CHECKING, Any
 
 from stagediff.config import RunConfig
-from stagediff.diff.spec import DiffSpec
+from stagediff.diff.spec import Cut, DiffSpec
+from stagediff.diff.stages import STAGE_START
 from stagediff.errors import UserError
 from stagediff.evidence.rivals.config import RivalsConfig
-from stagediff.evidence.rivals.spec import CrosscoderSpec, DifferenceSpec, LatentsSpec, RivalsSpec
+from stagediff.evidence.rivals.spec import BaselineSpec, CrosscoderSpec, DifferenceSpec, LatentsSpec, RivalsSpec
 from stagediff.lm.estimate import spec_of
 from stagediff.plan import Plan
 from stagediff.sae.spec import DictionaryConfig
@@ -48,6 +49,26 @@ def plan(config: RunConfig, settings: dict[str, Any], into: Plan, store: "Store"
         spec = LatentsSpec(dictionary=made, base=held[0], finetuned=held[1], top=top, alive_firings=diff.alive_firings)
         latents[method] = into.add(f"latents-{method}", spec)
     into.add("rivals", RivalsSpec(diff=into["diff"].ref, align=into["align"].ref, latents=latents, trainings=trainings))
+    if given.baseline:
+        into.add("baseline", BaselineSpec(diff=into["diff"].ref, baseline=_baseline(diff, into)))
+
+
+def _baseline(diff: DiffSpec, plan: Plan) -> Ref:
+    """The run's stages once more, with the base model's activations wherever the finetuned model's are read; S and D are the run's own."""
+    d = spec_of(diff.dictionaries["D"], plan).data
+    plain = d.model_copy(update={"mix": None, "new": None})
+    measured = spec_of(diff.statistics["D"], plan).data
+    dictionaries = {stage: diff.dictionaries[stage] for stage in ("S", "D")}
+    statistics = {stage: diff.statistics[stage] for stage in ("S", "D")}
+    for stage in ("M", "F_D", "F_M", "F_direct"):
+        start, data = dictionaries[STAGE_START[stage]], plain if stage == "M" else d
+        spec = spec_of(diff.dictionaries[stage], plan).model_copy(update={"start": start, "data": data})
+        dictionaries[stage] = plan.add(f"baseline-{stage}", spec)
+        counted = spec_of(diff.statistics[stage], plan).model_copy(update={"dictionary": dictionaries[stage], "data": measured})
+        statistics[stage] = plan.add(f"statistics-baseline-{stage}", counted)
+    cut = diff.cut if diff.cut.kind != "fdr" else Cut()  # an fdr cut needs a null of its own
+    changes = {"dictionaries": dictionaries, "statistics": statistics, "cut": cut, "null": None}
+    return plan.add("baseline-diff", diff.model_copy(update=changes))
 
 
 def lineage(ref: Ref, plan: Plan) -> tuple[Ref, ...]:
