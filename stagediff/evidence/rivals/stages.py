@@ -1,6 +1,6 @@
 """Adds the rivals to a stage-wise run's plan: they read the rows of its stages, found by what the diff compares."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from stagediff.config import RunConfig
 from stagediff.diff.spec import Cut, DiffSpec
@@ -25,7 +25,7 @@ BEHIND_THE_SCATTER = ("S", "D", "M", "F_D", "F_M")
 def plan(config: RunConfig, settings: dict[str, Any], into: Plan, store: "Store") -> None:
     """Trainings, latents and the table. Raises UserError where a rival cannot be had for this run's dictionary."""
     given = RivalsConfig.model_validate(settings)
-    run: StagewiseConfig = getattr(config, "stagewise", config)  # type: ignore[assignment]
+    run = cast("StagewiseConfig", getattr(config, "stagewise", config))
     diff = into["diff"].spec
     assert isinstance(diff, DiffSpec)
     trainings = {stage: lineage(ref, into) for stage, ref in diff.dictionaries.items()}
