@@ -132,11 +132,11 @@ def test_a_direction_of_the_finetuned_model_alone_is_found_first(kind, store, pa
     latents = latents_of(store, spec, of, quiet)
     sae = SAE.load(made)
     alive = latents[latents.alive]
-    for score in ("relative_base_norm", "nu_error"):
-        first = int(alive.sort_values(score).feature.iloc[0])
-        found = torch.nn.functional.normalize(sae.W_dec[first, of.d :], dim=0) @ of.own.float()
-        assert float(found) > 0.9, score
-        assert latents.new_top[first] > 0.9
+    first = int(alive.sort_values("relative_base_norm").feature.iloc[0])
+    assert float(torch.nn.functional.normalize(sae.W_dec[first, of.d :], dim=0) @ of.own.float()) > 0.9
+    assert latents.new_top[first] > 0.9
+    assert abs(latents.nu_error[first]) < 0.1
+    assert latents.nu[first] < 0.2
     assert alive.relative_base_norm.median() == pytest.approx(0.5, abs=0.02)
     assert alive.nu.median() == pytest.approx(1.0, abs=0.05)
     if kind == "l1":
