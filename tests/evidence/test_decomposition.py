@@ -4,9 +4,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from stagediff import steps
 from stagediff.diff.cuts import QUADRANTS
+from stagediff.diff.spec import DiffSpec
 from stagediff.evidence.decomposition.figure import figure_files
 from stagediff.evidence.decomposition.mixing import COLUMNS, _interval, mixing, separable
+from stagediff.evidence.decomposition.section import section
+from stagediff.evidence.decomposition.spec import DecompositionSpec
+from stagediff.sections import ReportContext
 
 
 def planted(n: int = 100, seed: int = 0) -> pd.DataFrame:
@@ -72,3 +77,17 @@ def test_the_same_table_gives_the_same_numbers_and_picture():
     assert one == again
     assert b"cos(S, D)" in one["decomposition.svg"]
     assert b"cos(S, M)" in one["decomposition.svg"]
+
+
+def test_the_step_names_the_neighbour_that_each_path_mixes_with_and_its_section_says_so(store, quiet):
+    spec = DecompositionSpec(diff=DiffSpec(dictionaries={}, statistics={}).ref, draws=100)
+    with store.write(DiffSpec(dictionaries={}, statistics={})) as w:
+        w.write_table("features.parquet", planted())
+        w.commit(figures={}, numerics={})
+    figures = store.artifact(steps.run(spec, store, device="cpu", progress=quiet)).manifest.figures
+    assert figures["auroc_data_path_upper_left"] == pytest.approx(0.5, abs=0.1)
+    assert figures["auroc_model_path_lower_right"] == pytest.approx(0.5, abs=0.1)
+    assert figures["auroc_both"] == 1.0
+    said = section(ReportContext(store, {"diff": spec.diff, "decomposition": spec.ref}, {}, 10, 0))
+    assert f"to {figures['auroc_data_path_upper_left']:.3f}. Along the model path" in said.html
+    assert set(said.figures) == {"decomposition.svg", "decomposition.png"}

@@ -8,7 +8,8 @@ moves that lead from S over D to F; the model path alone (y, cos(S, M)). In each
 - the share that stays separable: how many of the group's features lie below every quantile but the lowest 1 % of the others' sums (that many of the
   group are found at a false positive rate of 1 %).
 
-By construction the first view separates the group (the cut is made of x and y), so what the other two lose is what the second path is worth.
+The neighbour that the group mixes with is the upper left along the data path (y, which tells them apart, is not seen) and the lower right along the
+model path. Against all others the group looks separable in every view, since nearly all of them turned on neither axis.
 """
 
 import time
@@ -51,18 +52,19 @@ COLUMNS = {
 
 
 def compute(spec: DecompositionSpec, job: "Job") -> dict[str, Any]:
-    """Writes mixing.parquet (COLUMNS); figures: the separable share and the AUROC of the lower-left group in each view."""
+    """Writes mixing.parquet (COLUMNS). Figures: the lower-left group in each view, against all others and against the neighbour it mixes with there."""
     began = time.monotonic()
     features = job.artifact(spec.diff).read_table("features.parquet")
     table = mixing(features, spec.draws, spec.seed)
     job.writer.write_table("mixing.parquet", table, columns=COLUMNS)
     job.notes["seconds"] = round(time.monotonic() - began, 2)
     figures: dict[str, Any] = {}
-    for row in table[(table.group == GROUP) & (table.against == "others")].itertuples(index=False):
+    for row in table[table.group == GROUP].itertuples(index=False):
         figures["features"] = int(row.features)
+        suffix = "" if row.against == "others" else f"_{row.against}"
         for name in ("auroc", "low", "high", "separable"):
             value = getattr(row, name)
-            figures[f"{name}_{row.view}"] = float(value) if np.isfinite(value) else None
+            figures[f"{name}_{row.view}{suffix}"] = float(value) if np.isfinite(value) else None
     return figures
 
 

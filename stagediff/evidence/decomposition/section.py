@@ -44,7 +44,7 @@ def section(context: ReportContext) -> Section | None:
         + _table(mixing)
         + '<p class="small muted">AUROC: how often a feature of the group has the lower sum of the two cosines than one of the others (0.5: mixed). In '
         "brackets the 95 % interval of a bootstrap over features. Separable: the share of the group below the lowest 1 % of the others. The groups are made of "
-        "x and y, so that the first view tells them apart by construction; what the other views lose is what the second path is worth. "
+        "x and y, so that the first view tells them apart by construction. "
         'Pictures for papers: <a href="decomposition.svg">decomposition.svg</a>, <a href="decomposition.png">decomposition.png</a>.</p>'
     )
     return Section("decomposition", "Decomposition", 15, html, figures=files)
@@ -54,19 +54,27 @@ def _said(f: dict[str, Any]) -> str:
     if not f.get("features"):
         return '<p class="warn">The lower-left quadrant of this run\'s cut is empty, so there is no group to follow.</p>'
     return (
-        f"<p>Of the {number(f['features'])} features in the lower left, {_percent(f['separable_both'])} lie below the lowest 1 % of all others by x + y; "
-        f"along the data path alone {_percent(f['separable_data_path'])} do, along the model path alone {_percent(f['separable_model_path'])}.</p>"
+        f"<p>The lower left has {number(f['features'])} features. Along the data path alone its neighbour is the upper left: how often one of the lower left "
+        f"has the lower sum falls from {_three(f['auroc_both_upper_left'])} by x + y to {_three(f['auroc_data_path_upper_left'])}. Along the model path alone "
+        f"it is the lower right: from {_three(f['auroc_both_lower_right'])} to {_three(f['auroc_model_path_lower_right'])}. 0.5 means mixed. Against all "
+        "others the group looks separable either way, since nearly all of them turned on neither axis.</p>"
     )
 
 
 def _facts(f: dict[str, Any]) -> list[tuple[str, str, str]]:
+    shown = (
+        ("both", "upper_left", "both paths"),
+        ("data_path", "upper_left", "data path alone"),
+        ("both", "lower_right", "both paths"),
+        ("model_path", "lower_right", "model path alone"),
+    )
     return [
         (
-            _three(f.get(f"auroc_{view}")),
-            f"AUROC of the lower left, {what}",
-            f"95 %: {_three(f.get(f'low_{view}'))} to {_three(f.get(f'high_{view}'))}",
+            _three(f.get(f"auroc_{view}_{against}")),
+            f"AUROC of the lower left against the {against.replace('_', ' ')}, {what}",
+            f"95 %: {_three(f.get(f'low_{view}_{against}'))} to {_three(f.get(f'high_{view}_{against}'))}",
         )
-        for view, what in (("both", "both paths"), ("data_path", "data path alone"), ("model_path", "model path alone"))
+        for view, against, what in shown
     ]
 
 
