@@ -53,5 +53,6 @@ def _figure(features: pd.DataFrame) -> Figure:
         axes.set_xlabel(AXES[horizontal], color=INK)
         axes.set_ylabel(AXES[vertical], color=INK)
         plain_axes(axes)
-    figure.axes[0].legend(loc="upper left", frameon=False, fontsize=8, labelcolor=INK)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8, labelcolor=INK)
     return figure
