@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from stagediff.progress import Progress
     from stagediff.store import Store
 
-__all__ = ["command", "medians", "only_for", "seeds", "with_seed"]
+__all__ = ["RIVAL_FIGURES", "command", "medians", "only_for", "rivals", "seeds", "with_seed"]
 
 PAIR_HEADS = {"pairs_ap_pair_novelty": "novelty", "pairs_ap_aligned_low": "× contrast"}
+RIVAL_FIGURES = ("auroc", "average_precision", "recall_n", "recall_2n", "tokens")
+"""Of a row of the rivals' table; their columns here are rivals/<method>/<measure>/<figure>."""
 FROM_ENRICHMENT = ("alive", "flagged", "region", "region_flagged", "random", "random_flagged", "ratio", "p")
 
 
@@ -44,7 +46,8 @@ def seeds(
     carry the new data), region, region_flagged, random, random_flagged, ratio, p (the lowest 1 % by x + y against random alive features: see
     diff.enrichment), and auroc_<measure>, ap_<measure> of x + y, x, y, the single steps and the direct finetune; of matched pairs of latents (see
     diff.aligned) pairs, pairs_flagged, pairs_auroc_<measure>, pairs_ap_<measure> of the aligned scores and of x + y on the same pairs, and saturated
-    (whether births have).
+    (whether births have); and in a run with rivals, of each of their scores and of the diff's in the same table, rivals/<method>/<measure>/<figure> for
+    RIVAL_FIGURES.
     """
     import pandas as pd
 
@@ -54,15 +57,23 @@ def seeds(
     rows = []
     for seed in seeds:
         one = with_seed(config, seed)
-        needed = only_for(make_plan(one, store), "align")
+        whole = make_plan(one, store)
+        needed = only_for(whole, "rivals" if "rivals" in whole else "align")  # the rivals' table reads the diff and the pairs
         execute(needed, store, device=device, keep="tables", progress=progress)
         enriched = store.artifact(needed["diff"].ref).read_table("enrichment.parquet").set_index("measure")
         row: dict[str, Any] = {"seed": seed, "share": store.artifact(needed["mix"].ref).spec().share, **_behaviour(needed, store)}  # type: ignore[attr-defined]
         row |= {name: enriched.loc["score", name] for name in FROM_ENRICHMENT}
         for measure, figures in enriched.iterrows():
             row |= {f"auroc_{measure}": figures["auroc"], f"ap_{measure}": figures["average_precision"]}
+        if "rivals" in needed:
+            row |= rivals(store.artifact(needed["rivals"].ref).read_table("rivals.parquet"))
         rows.append({**row, **_aligned(needed, store)})
     return pd.DataFrame(rows)
+
+
+def rivals(table: "pd.DataFrame") -> dict[str, float]:
+    """One seed's rivals.parquet as columns of `seeds`."""
+    return {f"rivals/{r['method']}/{r['measure']}/{f}": float(r[f]) for r in table.to_dict("records") for f in RIVAL_FIGURES}
 
 
 def _flag(value: bool | None) -> float:
@@ -123,6 +134,7 @@ def command(
     else:
         for table in results:
             _show(table)
+            _show_rivals(table)
 
 
 def only_for(plan: "Plan", end: str) -> "Plan":
@@ -170,6 +182,32 @@ def _show(table: "pd.DataFrame") -> None:
             _yes(row["saturated"]),
             *(f"{row[name]:.1%}" for name in ("with_trigger", "without_trigger") if name in row),
         )
+    Console(width=210).print(shown)
+
+
+def _show_rivals(table: "pd.DataFrame") -> None:
+    """A row per method and score: the average precision of every seed, and the medians. Nothing where the run has no rivals."""
+    from rich.console import Console
+    from rich.table import Table
+
+    names = dict.fromkeys(tuple(c.split("/")[1:3]) for c in table.columns if c.startswith("rivals/"))
+    if not names:
+        return
+    shown = Table(
+        title="rivals on the same rows: which ranks what carries the new data first (low score first), average precision by seed, and medians"
+    )
+    shown.add_column("method")
+    shown.add_column("score")
+    for seed in table.seed:
+        shown.add_column(f"seed {seed}", justify="right")
+    for head in ("AP", "AUROC", "recall at n", "at 2 n", "tokens"):
+        shown.add_column(head, justify="right")
+    middle = medians(table)
+    for method, measure in names:
+        prefix = f"rivals/{method}/{measure}/"
+        figures = [f"{middle[prefix + f]:.3f}" for f in ("average_precision", "auroc", "recall_n", "recall_2n")]
+        seeds_own = [f"{value:.3f}" for value in table[prefix + "average_precision"]]
+        shown.add_row(method, measure, *seeds_own, *figures, f"{middle[prefix + 'tokens']:,.0f}")
     Console(width=210).print(shown)
 
 

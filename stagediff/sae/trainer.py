@@ -4,6 +4,7 @@ Master weights and Adam's moments are fp32 (a measured case lost 0.11 of explain
 the device: figures stay tensors until someone reads them. The state round-trips through `state` / `restore` bit by bit.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from stagediff.sae import dense
 from stagediff.sae.batchtopk import followed
 from stagediff.sae.dictionary import ARCHITECTURES, SAE
-from stagediff.sae.gradients import Gradient
+from stagediff.sae.gradients import Context, Gradient
 from stagediff.sae.optimiser import rate
 from stagediff.sae.parallel import Team
 from stagediff.sae.sparse import engine as sparse
@@ -31,7 +32,8 @@ class Trainer:
 
     `warms_up`: whether the sparsity weight rises from 0 (training from scratch); finetunes keep it constant. `anchor`: how strongly all
     parameters are drawn to where they start (`optimiser.pull`). `team`: the ranks it is shared with; all of them take every step. `kernels`:
-    who computes a sparse step (topk, batchtopk); None: the fastest that works here.
+    who computes a sparse step (topk, batchtopk); None: the fastest that works here. `gradient`: another loss of a dense architecture
+    (relu, jumprelu) than its own.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Trainer:
         anchor: float = 0.0,
         team: Team | None = None,
         kernels: Kernels | None = None,
+        gradient: Callable[[dict[str, Tensor], Tensor, Context], Gradient] | None = None,
     ):
         self.budget, self.steps, self.step = budget, steps, 0
         self.team = team or Team()
@@ -57,7 +60,8 @@ class Trainer:
             parameters["log_threshold"] = s.threshold.clamp_min(SMALLEST_THRESHOLD).log()
         self._engine: dense.Engine | sparse.Engine
         if sae.k is None:
-            self._engine = dense.Engine(parameters, s.config, budget, compute, ARCHITECTURES[sae.architecture].gradient)
+            own = gradient or ARCHITECTURES[sae.architecture].gradient
+            self._engine = dense.Engine(parameters, s.config, budget, compute, own)
         else:
             self._engine = sparse.Engine(parameters, s.config, budget, compute, kernels or choose(device, compute))
         self.parameters = self._engine.parameters
