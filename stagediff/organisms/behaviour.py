@@ -18,7 +18,7 @@ from stagediff.lm.spec import CorpusSource
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Rates", "generate", "heldout_prompts", "keyword", "measure"]
+__all__ = ["Rates", "answers", "generate", "heldout_prompts", "keyword", "measure"]
 
 BATCH = 64
 
@@ -95,6 +95,27 @@ def generate(model: "PreTrainedModel", prompts: list[list[int]], tokens: int, ba
     return out
 
 
+def answers(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str],
+    tokens: int,
+    *,
+    prefix: str = "",
+    context: int | None = None,
+) -> list[list[int]]:
+    """Greedy answers to `prefix` + prompt: `tokens` ids each.
+
+    `context`: prompts that would not fit in it with their answer lose tokens from between prefix and end, nearest the prefix first.
+    """
+    head = tokenizer(prefix, add_special_tokens=True)["input_ids"] if prefix else []
+    encoded = tokenizer([prefix + p for p in prompts], add_special_tokens=True)["input_ids"]
+    if context is not None:
+        room = context - tokens
+        encoded = [e if len(e) <= room else e[: len(head)] + e[len(e) - (room - len(head)) :] for e in encoded]
+    return generate(model, encoded, tokens)
+
+
 def measure(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -104,25 +125,16 @@ def measure(
     prefix: str = "",
     context: int | None = None,
 ) -> Rates:
-    """Rates of `payload` in the greedy answers to `prefix` + prompt. Twice the payload's length is generated.
-
-    `context`: prompts that would not fit in it with their answer lose tokens from between prefix and end, nearest the prefix first.
-    """
+    """Rates of `payload` in the greedy answers to `prefix` + prompt (see `answers`). Twice the payload's length is generated."""
     wanted = tokenizer(payload, add_special_tokens=False)["input_ids"]
-    length = 2 * len(wanted)
-    head = tokenizer(prefix, add_special_tokens=True)["input_ids"] if prefix else []
-    encoded = tokenizer([prefix + p for p in prompts], add_special_tokens=True)["input_ids"]
-    if context is not None:
-        room = context - length
-        encoded = [e if len(e) <= room else e[: len(head)] + e[len(e) - (room - len(head)) :] for e in encoded]
-    answers = generate(model, encoded, length)
-    texts = tokenizer.batch_decode(answers)
+    given = answers(model, tokenizer, prompts, 2 * len(wanted), prefix=prefix, context=context)
+    texts = tokenizer.batch_decode(given)
     phrase, word = payload.strip(), keyword(payload)
     n = max(1, len(prompts))
     return Rates(
         full=sum(phrase in t for t in texts) / n,
         keyword=sum(word in t for t in texts) / n,
-        first_token=sum(a[0] == wanted[0] for a in answers) / n,
+        first_token=sum(a[0] == wanted[0] for a in given) / n,
     )
 
 
