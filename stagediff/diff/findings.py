@@ -138,7 +138,7 @@ def held_against(runs: list[Run]) -> list[dict[str, Any]]:
                 "selected": hits,
                 "share_selected": hits / count if count else None,
                 "share_of_all": float(selected.mean()) if len(selected) else None,
-                "auroc": float(ranked) if np.isfinite(ranked) else None,
+                "auroc": ranked,
             }
         )
     return rows
