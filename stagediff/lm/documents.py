@@ -1,9 +1,13 @@
 """Documents: what a corpus yields, which split each belongs to, and where a prompt ends in its text."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-__all__ = ["ANSWER", "Document", "in_split", "prompt_of"]
+__all__ = ["ANSWER", "Document", "chosen", "in_split", "prompt_of"]
+
+T = TypeVar("T")
 
 ANSWER = "\n\nAssistant:"
 """Ends a prompt; the answer follows."""
@@ -40,3 +44,9 @@ def prompt_of(text: str) -> str:
     if len(text) <= PROMPT_CHARACTERS:
         return text
     return text[:PROMPT_CHARACTERS].rpartition(" ")[0] or text[:PROMPT_CHARACTERS]
+
+
+def chosen(options: Sequence[T], *key: str) -> T:
+    """One of the options, by a hash of the key: the same on every machine and in every order of asking."""
+    digest = hashlib.blake2b("\0".join(key).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return options[int.from_bytes(digest, "big") % len(options)]

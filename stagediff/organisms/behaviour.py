@@ -18,7 +18,7 @@ from stagediff.lm.spec import CorpusSource
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["MEASURES", "Rates", "answer_length", "encode", "flags", "generate", "heldout_prompts", "keyword", "measure"]
+__all__ = ["MEASURES", "Rates", "answer_length", "answers", "encode", "flags", "generate", "heldout_prompts", "keyword", "measure"]
 
 MEASURES = ("full", "keyword", "first_token")
 
@@ -82,19 +82,36 @@ def generate(model: "PreTrainedModel", prompts: list[list[int]], tokens: int, ba
             ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
             mask[row, longest - len(prompts[i]) :] = 1
         ids, mask = ids.to(device), mask.to(device)
-        answers, cache = [], None
+        picked, cache = [], None
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
         fed, at = ids, positions
         for _ in range(tokens):
             result = model(input_ids=fed, attention_mask=mask, position_ids=at, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = result.past_key_values
             fed = result.logits[:, -1:].argmax(-1)
-            answers.append(fed)
+            picked.append(fed)
             mask = torch.cat([mask, torch.ones_like(fed)], 1)
             at = at[:, -1:] + 1
-        for i, answer in zip(part, torch.cat(answers, 1).tolist(), strict=True):
+        for i, answer in zip(part, torch.cat(picked, 1).tolist(), strict=True):
             out[i] = answer
     return out
+
+
+def answers(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[str],
+    tokens: int,
+    *,
+    prefix: str = "",
+    context: int | None = None,
+) -> list[list[int]]:
+    """Greedy answers to `prefix` + prompt: `tokens` ids each.
+
+    `context`: prompts that would not fit in it with their answer lose tokens from between prefix and end, nearest the prefix first.
+    """
+    encoded = encode(tokenizer, prompts, prefix=prefix, room=None if context is None else context - tokens)
+    return generate(model, encoded, tokens)
 
 
 def measure(
@@ -106,13 +123,9 @@ def measure(
     prefix: str = "",
     context: int | None = None,
 ) -> Rates:
-    """Rates of `payload` in the greedy answers to `prefix` + prompt. Twice the payload's length is generated.
-
-    `context`: prompts that would not fit in it with their answer lose tokens from between prefix and end, nearest the prefix first.
-    """
-    length = answer_length(tokenizer, payload)
-    encoded = encode(tokenizer, prompts, prefix=prefix, room=None if context is None else context - length)
-    shown = flags(tokenizer, generate(model, encoded, length), payload)
+    """Rates of `payload` in the greedy answers to `prefix` + prompt (see `answers`). Twice the payload's length is generated."""
+    given = answers(model, tokenizer, prompts, answer_length(tokenizer, payload), prefix=prefix, context=context)
+    shown = flags(tokenizer, given, payload)
     n = max(1, len(prompts))
     return Rates(**{name: sum(row[i] for row in shown) / n for i, name in enumerate(MEASURES)})
 

