@@ -4,12 +4,14 @@ from stagediff.evidence.decomposition.spec import DecompositionSpec
 from stagediff.evidence.interventions.spec import AblateSpec, SteerSpec
 from stagediff.evidence.labels.spec import LabelsSpec
 from stagediff.evidence.rivals.spec import BaselineSpec, CrosscoderSpec, DifferenceSpec, LatentsSpec, RivalsSpec
+from stagediff.evidence.verdict.spec import VerdictSpec
 from stagediff.steps import Extension, Resources, Step, register, register_command, register_extension
 
 _DECOMPOSITION = "stagediff.evidence.decomposition"
 _LABELS = "stagediff.evidence.labels"
 _INTERVENTIONS = "stagediff.evidence.interventions"
 _RIVALS = "stagediff.evidence.rivals"
+_VERDICT = "stagediff.evidence.verdict"
 
 
 def _extend(name: str, config: str, plan: str) -> None:
@@ -87,3 +89,15 @@ register(
     )
 )
 _extend("rivals", f"{_RIVALS}.config:RivalsConfig", f"{_RIVALS}.stages:plan")
+
+# Verdict: all of it on one card per named feature. Last, since its plan names the steps of the others.
+register(
+    Step(
+        "verdict",
+        VerdictSpec,
+        f"{_VERDICT}.compute:compute",
+        section=f"{_VERDICT}.section:section",
+        estimate=f"{_VERDICT}.stages:estimate",
+    )
+)
+_extend("verdict", f"{_VERDICT}.spec:VerdictConfig", f"{_VERDICT}.stages:plan")
