@@ -1,5 +1,6 @@
 """Shared fixtures."""
 
+import logging
 import sys
 from pathlib import Path
 
@@ -12,6 +13,10 @@ from tiny import tiny_config
 from stagediff.config import make_plan, parse_config
 from stagediff.plan import Plan, execute
 from stagediff.store import Store
+
+
+def pytest_sessionfinish() -> None:
+    logging.raiseExceptions = False  # Prefect's temporary server ends after pytest has closed what it would log to
 
 
 @pytest.fixture(scope="session")

@@ -32,11 +32,14 @@ FROM_ENRICHMENT = ("alive", "flagged", "region", "region_flagged", "random", "ra
 
 def with_seed(config: "RunConfig", seed: int) -> "RunConfig":
     """The config with this seed for everything: every seed that was set apart is put back to its default, the run's own."""
+    from stagediff.config import parse_config
 
     def without(group: dict[str, Any]) -> dict[str, Any]:
         return {name: without(value) if isinstance(value, dict) else value for name, value in group.items() if name != "seed"}
 
-    return type(config).model_validate({**without(config.model_dump(mode="json")), "seed": seed})
+    body = without(config.model_dump(mode="json"))
+    settings = body.pop("extensions")
+    return parse_config({**body, **settings, "seed": seed})
 
 
 def seeds(

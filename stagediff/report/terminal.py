@@ -191,7 +191,32 @@ def _key_figures(store: Store, nodes: Mapping[str, Ref], diff: Artifact) -> Tabl
             )
             said = f"births have not saturated: the paths have {shares} newborns that carry the new data; finetune longer"
             grid.add_row("warning", Text(said, style="yellow"))
+    for name, said_of in (("labels", _flagged), ("steer", _steered), ("ablate", _ablated)):
+        if found := _complete(store, nodes, name):
+            grid.add_row(*said_of(found.manifest.figures))
     return grid
+
+
+def _flagged(f: dict[str, Any]) -> tuple[str, str]:
+    of_random = f"{f['random_flagged']} of {f['random']} random ones"
+    said = f"{f['selected_flagged']} of {f['selected']} selected features flagged by {f['labeller']}, {of_random}"
+    return "labels", said + (f" (Fisher's p {f['fisher_p']:.1e})" if f["fisher_p"] is not None else "")
+
+
+def _steered(f: dict[str, Any]) -> tuple[str, str]:
+    return "steering", (
+        f"{f['above_random']} of {f['candidates']} features bring the behaviour ({f['measure']}) without the trigger, by an interval above random ones; "
+        f"of {f['random']} random ones {f['random_above_random']}"
+    )
+
+
+def _ablated(f: dict[str, Any]) -> tuple[str, str]:
+    if f["smallest_set"] is None:
+        return "ablation", "no set that was tried removes the behaviour at a small cost"
+    return "ablation", (
+        f"{f['smallest_set']} features clamped: keyword {_percent(f['keyword_untouched'])} → {_percent(f['smallest_set_keyword'])} with the trigger, "
+        f"for {f['smallest_set_clean_cost']:.3f} nat of clean loss; the first token comes in {_percent(f['smallest_set_first_token'])}"
+    )
 
 
 def _top_table(top: Sequence[dict[str, Any]]) -> Table:
