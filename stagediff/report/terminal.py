@@ -191,7 +191,7 @@ def _key_figures(store: Store, nodes: Mapping[str, Ref], diff: Artifact) -> Tabl
             )
             said = f"births have not saturated: the paths have {shares} newborns that carry the new data; finetune longer"
             grid.add_row("warning", Text(said, style="yellow"))
-    for name, said_of in (("labels", _flagged), ("steer", _steered), ("ablate", _ablated)):
+    for name, said_of in (("labels", _flagged), ("steer", _steered), ("ablate", _ablated), ("verdict", _judged)):
         if found := _complete(store, nodes, name):
             grid.add_row(*said_of(found.manifest.figures))
     return grid
@@ -216,6 +216,15 @@ def _ablated(f: dict[str, Any]) -> tuple[str, str]:
     return "ablation", (
         f"{f['smallest_set']} features clamped: keyword {_percent(f['keyword_untouched'])} → {_percent(f['smallest_set_keyword'])} with the trigger, "
         f"for {f['smallest_set_clean_cost']:.3f} nat of clean loss; the first token comes in {_percent(f['smallest_set_first_token'])}"
+    )
+
+
+def _judged(f: dict[str, Any]) -> tuple[str, str]:
+    several = f"{f['shown_at_least_3']} of {f['named']} features have three or more of the six claims"
+    if f["control_null_values"] is None:
+        return "verdicts", several
+    return "verdicts", (
+        f"{several}; {f['moved_yes']} moved farther than by retraining alone (q at most {f['control_level']:g}), {f['moved_and_steers']} of them steer"
     )
 
 

@@ -33,6 +33,7 @@ STYLE = (
     ".verdict .marks .absent { color: var(--faint); } .verdict .halves { display: flex; flex-wrap: wrap; gap: 8px 34px; } "
     ".verdict .halves > div { flex: 1 1 330px; min-width: 0; } .verdict dl.rows { display: grid; grid-template-columns: auto 1fr; gap: 2px 14px; "
     "margin: 6px 0; font-size: .87rem; } .verdict dl.rows dt { color: var(--soft); } .verdict dl.rows dd { margin: 0; } .verdict .tokens { margin: 5px 0; } "
+    ".verdict .tokens .tag { padding: 0 8px; border-radius: 99px; } "
     ".verdict .stages { display: flex; flex-wrap: wrap; gap: 10px 14px; margin-top: 6px; } .verdict .stages div { width: 136px; font-size: .74rem; "
     "color: var(--soft); } .verdict .stages svg { display: block; width: 136px; height: 56px; background: var(--plot); } "
     ".verdict .base { fill: var(--c-none); opacity: .6; } .verdict .new { fill: var(--c-both); fill-opacity: .28; stroke: var(--c-both); }"

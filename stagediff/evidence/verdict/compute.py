@@ -50,7 +50,8 @@ def _figures(table: pd.DataFrame) -> dict[str, Any]:
     for claim in CLAIMS:
         figures |= {f"{claim}_{outcome.replace(' ', '_')}": int((table[claim] == outcome).sum()) for outcome in OUTCOMES}
     figures |= {f"shown_at_least_{n}": int((table.shown >= n).sum()) for n in range(1, len(CLAIMS) + 1)}
-    return figures | {"steers_and_removes": int(((table.steers == YES) & (table.removes == YES)).sum())}
+    moved, steers, removes = (table[claim] == YES for claim in ("moved", "steers", "removes"))
+    return figures | {"moved_and_steers": int((moved & steers).sum()), "steers_and_removes": int((steers & removes).sum())}
 
 
 _OUTCOME = "yes; no; open (its control is too small to tell); not measured"

@@ -101,11 +101,12 @@ def add_labels(table: pd.DataFrame, control: dict[str, Any], spec: VerdictSpec, 
     found = labels.set_index("feature").reindex(table.feature)
     table["asked"] = table.feature.isin(labels.feature).to_numpy()
     for name, default in missing.items():
-        table[name] = np.where(table.asked, found[name], default)
-    able = table.asked & ~table.unclear.astype(bool)
-    share = np.where(able, table.examples_flagged.astype(float) / np.maximum(table.examples.astype(float), 1), np.nan)
+        told = [value if asked else default for value, asked in zip(found[name], table.asked, strict=True)]
+        table[name] = pd.Series(told, index=table.index, dtype=object).astype(type(default))
+    able = table.asked & ~table.unclear
+    share = np.where(able, table.examples_flagged / np.maximum(table.examples, 1), np.nan)
     table["label_p"] = criteria.p_against_random(share, random)
-    table["flagged"] = criteria.against_random(table.is_flagged.astype(bool).to_numpy(), table.label_p.to_numpy(), len(random), spec.chance)
+    table["flagged"] = criteria.against_random(table.is_flagged.to_numpy(), table.label_p.to_numpy(), len(random), spec.chance)
 
 
 def add_steering(table: pd.DataFrame, control: dict[str, Any], spec: VerdictSpec, job: "Job") -> None:

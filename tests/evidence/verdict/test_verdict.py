@@ -73,7 +73,7 @@ def test_the_sentence_gives_each_claim_with_its_number_and_its_control(world):
         "makes the keyword rarer when it alone is clamped (in 25 % of answers, untouched 100 %, 96.9 % or more with 5 random features clamped",
         "clean loss +0.0020 nats, those +0.0400 nats",
     ):
-        assert part in said
+        assert part in said, said
     assert "Not measured" not in said
     assert "not shown" not in said
 
