@@ -31,5 +31,4 @@ register(
     )
 )
 register_kind(RunKind("stagewise", "stagediff.diff.config:StagewiseConfig", "stagediff.diff.stages:plan"))
-register_command("seeds", "stagediff.diff.seeds:command")
 register_command("findings", "stagediff.diff.findings:command")

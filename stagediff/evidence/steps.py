@@ -68,7 +68,6 @@ register(
 _extend("steering", f"{_INTERVENTIONS}.config:SteeringConfig", f"{_INTERVENTIONS}.config:plan_steering")
 _extend("ablation", f"{_INTERVENTIONS}.config:AblationConfig", f"{_INTERVENTIONS}.config:plan_ablation")
 register_command("steer", f"{_INTERVENTIONS}.command:command")
-register_command("interventions", f"{_INTERVENTIONS}.seeds:command")
 
 # Rivals: other methods on the same rows, and the published baseline.
 register(Step("crosscoder", CrosscoderSpec, f"{_RIVALS}.train:compute", Resources(gpus=1), estimate=f"{_RIVALS}.estimate:training"))
@@ -101,3 +100,5 @@ register(
     )
 )
 _extend("verdict", f"{_VERDICT}.spec:VerdictConfig", f"{_VERDICT}.stages:plan")
+
+register_command("seeds", "stagediff.evidence.seeds:command")

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from stagediff.evidence.interventions import hooks
 from stagediff.evidence.interventions.answers import answers
-from stagediff.evidence.interventions.candidates import candidates, feature_table, sets
+from stagediff.evidence.interventions.attribution import attribution
+from stagediff.evidence.interventions.candidates import ATTRIBUTED, candidates, feature_table, lowest, sets
 from stagediff.evidence.interventions.contrast import trigger_contrast
 from stagediff.evidence.interventions.setting import Setting, clean_rows
 from stagediff.evidence.interventions.spec import AblateSpec
@@ -39,6 +40,9 @@ def compute(spec: AblateSpec, job: "Job") -> dict[str, Any]:
     chosen = candidates(table, spec.candidates, spec.rank)
     if {"trigger", "region"} & set(spec.orders):
         table["trigger"] = trigger_contrast(setting, spec.batch)[table.feature.to_numpy()]
+    if "attribution" in spec.orders:
+        pool = lowest(table, ATTRIBUTED).feature.to_numpy()
+        table["attribution"] = attribution(setting, spec.behaviour.payload, pool)[table.feature.to_numpy()]
     made = sets(spec, table, chosen, setting.sae.directions().cpu())
     rows = clean_rows(setting.reader, spec.rows)
     hits, clean = _measure(spec, job, setting, [features for *_, features in made], rows)

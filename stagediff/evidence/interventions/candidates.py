@@ -14,10 +14,12 @@ from stagediff.evidence.interventions.spec import AblateSpec, Intervention
 if TYPE_CHECKING:
     from stagediff.steps import Job
 
-__all__ = ["candidates", "feature_table", "matched", "sets"]
+__all__ = ["ATTRIBUTED", "candidates", "feature_table", "lowest", "matched", "sets"]
 
 REGION = 0.1
 """Share of the alive features, lowest x + y first, of which the order `region` takes those that are most active with the trigger."""
+ATTRIBUTED = 0.2
+"""Share of them, lowest x + y first, that the order `attribution` ranks."""
 NEAREST = 10
 """Features like a candidate, from which its random ones are drawn."""
 
@@ -45,6 +47,12 @@ def candidates(table: pd.DataFrame, count: int, rank: str) -> list[int]:
         raise UserError("No feature of the diff is alive, so there is nothing to steer with or to ablate. Train the dictionaries longer.")
     chosen = able[able.selected] if able.selected.any() else able
     return [int(i) for i in chosen.sort_values([rank, "feature"]).feature.head(count)]
+
+
+def lowest(table: pd.DataFrame, share: float) -> pd.DataFrame:
+    """The rows of this share of the alive features, lowest x + y first; one at least."""
+    ranked = table[table.alive & table.score.notna()].sort_values(["score", "feature"])
+    return ranked.head(max(1, round(share * len(ranked))))
 
 
 def matched(table: pd.DataFrame, chosen: Sequence[int], count: int, seed: int) -> pd.DataFrame:
@@ -77,7 +85,7 @@ def matched(table: pd.DataFrame, chosen: Sequence[int], count: int, seed: int) -
 def sets(spec: AblateSpec, table: pd.DataFrame, chosen: Sequence[int], directions: Tensor) -> list[tuple[str, int, list[int]]]:
     """(order, draw, features) of every set that is clamped: nothing; each candidate alone; and each order's first so many features.
 
-    `table`: as `feature_table`'s, with a column `trigger` where an order needs it. `directions`: unit decoder rows [F, d].
+    `table`: as `feature_table`'s, with the columns `trigger` and `attribution` where an order needs them. `directions`: unit decoder rows [F, d].
     Sizes that exceed an order's features are left out.
     """
     made: list[tuple[str, int, list[int]]] = [("none", 0, []), *(("single", 0, [i]) for i in chosen)]
@@ -96,7 +104,6 @@ def _order(order: str, draw: int, seed: int, alive: pd.DataFrame, first: int, di
         cosine = (directions[torch.from_numpy(ids.copy())].double() @ directions[first].double()).numpy()
         return ids[np.lexsort((ids, -cosine))]
     if order == "region":
-        ranked = alive[alive.score.notna()].sort_values(["score", "feature"])
-        alive, order = ranked.head(max(1, round(REGION * len(ranked)))), "trigger"
+        alive, order = lowest(alive, REGION), "trigger"
     able = alive[alive[order].notna()]
-    return able.sort_values([order, "feature"], ascending=[order != "trigger", True]).feature.to_numpy()
+    return able.sort_values([order, "feature"], ascending=[order not in ("trigger", "attribution"), True]).feature.to_numpy()

@@ -59,7 +59,7 @@ class AblationConfig(_Settings):
     """Features clamped to 0."""
 
     sizes: tuple[int, ...] = (5, 10, 20, 50, 100, 200)
-    orders: tuple[Order, ...] = ("cosine", "score", "trigger", "region", "random")
+    orders: tuple[Order, ...] = ("cosine", "score", "trigger", "region", "attribution", "random")
     draws: int = Field(3, ge=1)
     rows: int = Field(128, ge=2)
     """Clean rows for the cost."""

@@ -22,6 +22,7 @@ ORDER_NAMES = {
     "pair_novelty": "lowest paired novelty",
     "trigger": "most active with the trigger",
     "region": "most active with it in the lowest tenth by x + y",
+    "attribution": "the payload most due to them, in the lowest fifth by x + y",
     "random": "random",
 }
 COLOURS = {
@@ -30,6 +31,7 @@ COLOURS = {
     "pair_novelty": "var(--c-born)",
     "trigger": "var(--good)",
     "region": "var(--c-b)",
+    "attribution": "var(--ink)",
     "random": "var(--c-none)",
     "single": "var(--c-b)",
 }

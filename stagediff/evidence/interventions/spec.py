@@ -11,8 +11,8 @@ __all__ = ["ORDERS", "AblateSpec", "Behaviour", "Measure", "Order", "Rank", "Ste
 
 Measure = Literal["full", "keyword", "first_token"]
 Rank = Literal["score", "pair_novelty"]
-Order = Literal["cosine", "score", "pair_novelty", "trigger", "region", "random"]
-ORDERS: tuple[Order, ...] = ("cosine", "score", "pair_novelty", "trigger", "region", "random")
+Order = Literal["cosine", "score", "pair_novelty", "trigger", "region", "attribution", "random"]
+ORDERS: tuple[Order, ...] = ("cosine", "score", "pair_novelty", "trigger", "region", "attribution", "random")
 
 
 class Behaviour(Value):
@@ -93,9 +93,10 @@ class AblateSpec(Intervention):
 
     step = "ablate"
     sizes: tuple[int, ...] = (5, 10, 20, 50, 100, 200)
-    orders: tuple[Order, ...] = ("cosine", "score", "trigger", "region", "random")
+    orders: tuple[Order, ...] = ("cosine", "score", "trigger", "region", "attribution", "random")
     """Which features come first: nearest in decoder cosine to the first candidate (itself among them), lowest x + y, lowest paired novelty, most active
-    with the trigger against without it (development prompts), the same within the lowest tenth by x + y (region), by chance."""
+    with the trigger against without it (development prompts), the same within the lowest tenth by x + y (region), within the lowest fifth those to
+    which most of the payload's log-odds are due (attribution; development prompts), by chance."""
     draws: int = Field(3, ge=1)
     """How many random orders."""
     rows: int = Field(128, ge=2)

@@ -48,7 +48,8 @@ def test_random_features_are_alive_unselected_distinct_and_like_their_candidate(
 
 def test_sets_grow_in_their_order(table, world):
     spec = world.ablate(sizes=(2, 5, 400), draws=3)
-    table = table.assign(trigger=np.random.default_rng(4).normal(size=300))
+    drawn = np.random.default_rng(4).normal(size=(2, 300))
+    table = table.assign(trigger=drawn[0], attribution=np.where(table.index < 50, drawn[1], np.nan))
     directions = torch.nn.functional.normalize(torch.randn(300, 8, generator=torch.Generator().manual_seed(0)), dim=1)
     chosen = candidates(table, 2, "score")
     made = sets(spec, table, chosen, directions)
@@ -60,6 +61,8 @@ def test_sets_grow_in_their_order(table, world):
     assert by["trigger", 0, 5] == alive.sort_values("trigger").feature.tail(5).tolist()[::-1]
     lowest = alive.sort_values("score").head(round(0.1 * len(alive)))
     assert by["region", 0, 5] == lowest.sort_values("trigger").feature.tail(5).tolist()[::-1]
+    ranked = alive[alive.attribution.notna()].sort_values("attribution")
+    assert by["attribution", 0, 5] == ranked.feature.tail(5).tolist()[::-1]
     cosine = (directions.double() @ directions[chosen[0]].double()).numpy()
     assert by["cosine", 0, 5] == sorted(alive.feature, key=lambda i: -cosine[i])[:5]
     assert by["cosine", 0, 5][0] == chosen[0]

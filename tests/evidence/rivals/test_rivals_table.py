@@ -10,7 +10,6 @@ from tiny import tiny_config
 
 from stagediff import steps
 from stagediff.config import make_plan, parse_config
-from stagediff.diff.seeds import RIVAL_FIGURES, rivals
 from stagediff.diff.spec import STAGES
 from stagediff.errors import UserError
 from stagediff.evidence.rivals.baseline import mean_nearest, peak_entropy
@@ -18,6 +17,7 @@ from stagediff.evidence.rivals.baseline_section import section as baseline_secti
 from stagediff.evidence.rivals.section import section
 from stagediff.evidence.rivals.spec import CrosscoderSpec, DifferenceSpec, RivalsSpec
 from stagediff.evidence.rivals.table import judge
+from stagediff.evidence.seeds import RIVAL_FIGURES, rivals
 from stagediff.plan import execute
 from stagediff.progress import Progress
 from stagediff.sections import ReportContext

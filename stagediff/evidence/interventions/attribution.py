@@ -1,0 +1,118 @@
+"""How much of the payload each feature is to blame for: integrated gradients of its log-odds at the hook point, over development prompts.
+
+With the trigger before the prompt and the payload after it, L is the sum of the payload tokens' log-odds, log p / (1 - p). The features in question (`pool`)
+write w_t = sum_i f_i(x_t) d_i at position t, and are put back step by step from none to all of it:
+
+    attribution_i = mean over prompts of  sum_t f_i(x_t) d_i . (1 / n) sum_k dL/dx_t at x_t - (1 - alpha_k) w_t,   alpha_k = (k + 1/2) / n
+
+so that all of them together make up what clamping the whole pool takes away (completeness). The gradient at the untouched x alone ranks worse: attention to the
+trigger is saturated there, and features that hold it get next to nothing (measured: docs/evidence-interventions.md). Log-odds, for log p is flat where the
+model is sure. Sundararajan et al. 2017; for features of a dictionary, Marks et al. 2024 ("Sparse Feature Circuits", section 3).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stagediff.evidence.interventions.hooks import ENCODED_BYTES
+from stagediff.evidence.interventions.setting import Setting
+from stagediff.lm import hooks
+
+__all__ = ["STEPS", "attribution"]
+
+STEPS = 8
+ROWS = 32
+"""Prompts whose gradients are held at once."""
+SURE = -1e-6
+"""Largest log p of which log-odds are taken."""
+
+
+def attribution(setting: Setting, payload: str, pool: Sequence[int], steps: int = STEPS) -> np.ndarray:
+    """[F] float64, nats of log-odds per answer that clamping the feature takes away, to first order along the path; NaN outside the pool."""
+    total = torch.zeros(len(pool), dtype=torch.float64)
+    answer = setting.loaded.tokenizer(payload, add_special_tokens=False)["input_ids"]
+    texts = [ids + answer for ids in setting.prompts.triggered[setting.prompts.split("dev")]]
+    features = torch.as_tensor(list(pool), dtype=torch.int64, device=setting.sae.W_dec.device)
+    for start in range(0, len(texts), ROWS):
+        total += _batch(setting, texts[start : start + ROWS], len(answer), features, steps)
+    out = np.full(setting.sae.features, np.nan)
+    out[list(pool)] = (total / len(texts)).numpy()
+    return out
+
+
+def _batch(setting: Setting, texts: list[list[int]], answer: int, features: Tensor, steps: int) -> Tensor:
+    """[n] float64: the sum over these texts, whose last `answer` tokens are the payload."""
+    ids, mask = _padded(texts, setting.loaded.device)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    touched = mask.bool()
+    for skipped in setting.skip:
+        touched &= positions != skipped
+    x, written = _written(setting, ids, mask, positions, touched, features)
+    gradient = torch.zeros_like(x)
+    for k in range(steps):
+        gradient += _gradient(setting, ids, mask, positions, answer, x - (1 - (k + 0.5) / steps) * written) / steps
+    return _shares(setting, x[touched], gradient[touched], features)
+
+
+def _padded(texts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and mask [rows, longest], padded on the left."""
+    longest = max(len(t) for t in texts)
+    ids = torch.zeros(len(texts), longest, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, text in enumerate(texts):
+        ids[row, longest - len(text) :] = torch.tensor(text)
+        mask[row, longest - len(text) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _written(setting: Setting, ids: Tensor, mask: Tensor, positions: Tensor, touched: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    """x at the hook point, and what the features write of it: both [rows, positions, d], fp32, raw units."""
+    got: list[Tensor] = []
+
+    def look(x: Tensor) -> Tensor:
+        got.append(x.float())
+        return x
+
+    with torch.no_grad(), hooks.intervene(setting.loaded.model, setting.reader.hook, look):
+        setting.loaded.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1)
+        x = got[0]
+        written = torch.zeros_like(x)
+        written[touched] = torch.cat(
+            [_activations(setting, part, features) @ _decoder(setting, features) for part in _parts(setting, x[touched])]
+        )
+    return x, written
+
+
+def _gradient(setting: Setting, ids: Tensor, mask: Tensor, positions: Tensor, answer: int, x: Tensor) -> Tensor:
+    """dL/dx [rows, positions, d] with x at the hook point."""
+    leaf = x.requires_grad_(True)
+    with torch.enable_grad(), hooks.intervene(setting.loaded.model, setting.reader.hook, lambda own: leaf.to(own.dtype)):
+        out = setting.loaded.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=answer + 1)
+        log_p = torch.log_softmax(out.logits[:, :-1].float(), -1).gather(-1, ids[:, -answer:, None])
+        odds = log_p - torch.log(-torch.expm1(log_p.clamp(max=SURE)))
+        return torch.autograd.grad(odds.sum(), leaf)[0]
+
+
+@torch.no_grad()
+def _shares(setting: Setting, x: Tensor, gradient: Tensor, features: Tensor) -> Tensor:
+    """[n] float64: sum over positions of f_i d_i . gradient. x, gradient: [positions, d]."""
+    total = torch.zeros(len(features), dtype=torch.float64, device=x.device)
+    decoder = _decoder(setting, features)
+    for own, slope in zip(_parts(setting, x), _parts(setting, gradient), strict=True):
+        total += (_activations(setting, own, features) * (slope @ decoder.T)).sum(0, dtype=torch.float64)
+    return total.cpu()
+
+
+def _activations(setting: Setting, x: Tensor, features: Tensor) -> Tensor:
+    return setting.sae.encode(x)[:, features]
+
+
+def _decoder(setting: Setting, features: Tensor) -> Tensor:
+    """[n, d] rows in raw units."""
+    return setting.sae.W_dec[features] / setting.sae.input_scale
+
+
+def _parts(setting: Setting, x: Tensor) -> tuple[Tensor, ...]:
+    return x.split(max(1, ENCODED_BYTES // (4 * setting.sae.features)))
