@@ -1,4 +1,4 @@
-"""Registers the planted steps and the command `stagediff planted`."""
+"""Registers the planted steps and the commands `stagediff planted` and `stagediff classical`."""
 
 from stagediff.steps import Resources, Step, register, register_command
 from stagediff.synthetic import diff_spec, spec
@@ -34,3 +34,4 @@ register(
 )
 register(Step("planted-diff", diff_spec.PlantedDiffSpec, "stagediff.synthetic.diff_judge:compute"))
 register_command("planted", "stagediff.synthetic.command:command")
+register_command("classical", "stagediff.synthetic.classical.command:command")

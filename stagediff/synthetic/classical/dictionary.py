@@ -18,7 +18,7 @@ from stagediff.sae.dictionary import SAE, resolved
 from stagediff.sae.spec import DictionaryConfig
 from stagediff.synthetic.classical.pursuit import Codes, batch_omp, check_k
 
-__all__ = ["AtomDictionary", "InMemory", "Learner", "SparseDictionary", "mean", "oriented", "random_atoms", "unit"]
+__all__ = ["AtomDictionary", "InMemory", "Learner", "SparseDictionary", "by_pursuit", "mean", "oriented", "random_atoms", "unit"]
 
 
 class SparseDictionary(Protocol):
@@ -96,6 +96,12 @@ class AtomDictionary:
         config = DictionaryConfig(architecture="topk", features=self.features, k=self.k)
         atoms = self.atoms.float()
         return SAE(atoms.t().contiguous(), torch.zeros(self.features), atoms.clone(), self.offset.float(), resolved(config, self.d))
+
+
+def by_pursuit(dictionary: SparseDictionary, k: int, error: float = 0.0) -> AtomDictionary:
+    """Another dictionary's directions, an SAE's say, with pursuit as the encoder: what its atoms are worth whatever its own encoder is."""
+    nothing = torch.zeros(1, dictionary.features)
+    return AtomDictionary(dictionary.directions(), dictionary.decode(nothing)[0], k, error)
 
 
 @dataclass

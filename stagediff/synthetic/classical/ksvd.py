@@ -2,8 +2,9 @@
 
 An iteration codes all vectors by pursuit and then goes through the atoms: for those vectors that use atom j, E is what the other atoms leave over; the
 atom becomes E^T g / ||E^T g|| with the present coefficients g, which become E d. (The exact method takes E's first singular pair; one such step is
-near it and needs no SVD.) An atom that no code uses takes the place of the worst-represented vector. A vector keeps its former code where the
-pursuit, which is greedy, finds a worse one: so the error never rises from one iteration to the next, as long as all data are seen each time.
+near it and needs no SVD.) An atom that no code uses becomes the worst-represented vector. A vector keeps its former code where the
+pursuit, which is greedy, finds a worse one: so the error never rises from one iteration to the next, as long as all data are seen each time
+and codes have a fixed length (with an `error` to reach, a shorter code with a larger error may be the better one).
 
 Memory: the vectors of one iteration, their residuals and k coefficients each; nothing is vectors x atoms. More data than `samples` are read in
 turn, `samples` an iteration. That is a minibatch variant of the published method: codes are not kept, and the error may rise.
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from stagediff.errors import UserError
@@ -37,10 +38,13 @@ class Learnt(NamedTuple):
 
 
 class KSVD(Value):
-    """Learns a dictionary by K-SVD; its codes are by pursuit with k atoms."""
+    """Learns a dictionary by K-SVD; its codes are by pursuit."""
 
     features: PositiveInt
     k: PositiveInt
+    """Atoms per vector, at most."""
+    error: float = Field(0.0, ge=0)
+    """Squared error per vector at which a code is long enough, in learning as in coding (denoising: what the noise makes)."""
     iterations: PositiveInt = 20
     samples: PositiveInt = 65_536
     """Vectors of one iteration. Data with no more are used whole every time."""
@@ -53,18 +57,18 @@ class KSVD(Value):
         whole = data.n_tokens <= self.samples
         offset = mean(data) if self.centre else torch.zeros(data.d)
         parts = _whole(data, self.iterations) if whole else _in_turn(data, self.samples, self.iterations, seed)
-        learnt = ksvd((x - offset for x in parts), self.features, self.k, seed, keep_codes=whole)
-        return AtomDictionary(oriented(learnt.atoms, learnt.codes), offset, self.k)
+        learnt = ksvd((x - offset for x in parts), self.features, self.k, seed, self.error, keep_codes=whole and not self.error)
+        return AtomDictionary(oriented(learnt.atoms, learnt.codes), offset, self.k, self.error)
 
 
 @torch.no_grad()
-def ksvd(parts: Iterator[Tensor], features: int, k: int, seed: int, keep_codes: bool) -> Learnt:
+def ksvd(parts: Iterator[Tensor], features: int, k: int, seed: int, error: float = 0.0, keep_codes: bool = True) -> Learnt:
     """One iteration per part [n, d]. `keep_codes`: all parts are the same vectors, so that former codes count."""
     atoms, codes, errors = torch.empty(0), None, []
     for x in parts:
         if not errors:
             atoms = random_atoms(x, features, seed)
-        fresh = batch_omp(x, atoms, k)
+        fresh = batch_omp(x, atoms, k, error)
         codes = _better(x, atoms, fresh, codes) if keep_codes and codes is not None else fresh
         left = x - _sum(codes, atoms)
         _replace_unused(x, left, atoms, codes)
@@ -100,7 +104,7 @@ def _replace_unused(x: Tensor, left: Tensor, atoms: Tensor, codes: Codes) -> Non
 
 def _sweep(left: Tensor, atoms: Tensor, codes: Codes) -> None:
     """Updates every atom and its coefficients, and the residuals left [n, d], in place."""
-    n, k = codes.index.shape
+    k = codes.index.shape[1]
     place = torch.where(codes.value != 0, codes.index, len(atoms)).flatten()  # code slots without a coefficient come last
     order = place.argsort(stable=True)
     counts = place.bincount(minlength=len(atoms) + 1).tolist()
@@ -133,5 +137,7 @@ def _in_turn(data: Activations, samples: int, times: int, seed: int) -> Iterator
 
 def _finite(x: Tensor) -> Tensor:
     if not torch.isfinite(x).all():
-        raise UserError("The vectors to learn a dictionary from hold NaN or infinite values; finite ones were expected. Check where they come from.")
+        raise UserError(
+            "The vectors to learn a dictionary from hold NaN or infinite values; finite ones were expected. Check where they come from."
+        )
     return x

@@ -22,10 +22,13 @@ ORIENTED_ON = 8192
 
 
 class OnlineLearning(Value):
-    """Learns a dictionary online; its codes are by pursuit with k atoms."""
+    """Learns a dictionary online; its codes are by pursuit."""
 
     features: PositiveInt
     k: PositiveInt
+    """Atoms per vector of its codes, at most."""
+    error: float = Field(0.0, ge=0)
+    """Squared error per vector at which a code is long enough."""
     l1: float = Field(0.1, gt=0)
     """The lasso's weight: 1/2 ||x - f D||^2 + l1 ||f||_1, with the data as they are. (No counterpart of k: it only serves the learning.)"""
     batch: PositiveInt = 256
@@ -61,7 +64,7 @@ class OnlineLearning(Value):
         for x in batches(data, order, self.batch, 0, steps):
             learner.partial_fit((x.float() - offset).numpy())
         atoms = unit(torch.from_numpy(learner.components_).float())
-        return AtomDictionary(oriented(atoms, batch_omp(first, atoms, self.k)), offset, self.k)
+        return AtomDictionary(oriented(atoms, batch_omp(first, atoms, self.k)), offset, self.k, self.error)
 
 
 def _first(data: Activations, n: int, order: Order) -> Tensor:

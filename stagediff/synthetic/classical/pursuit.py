@@ -15,7 +15,7 @@ from stagediff.errors import UserError
 
 __all__ = ["Codes", "batch_omp", "check_k"]
 
-HELD_VALUES = 1 << 22
+HELD_VALUES = 1 << 20
 """Of `basis` [rows, k, F] at once: what bounds the memory, whatever the number of vectors."""
 DEPENDENT = 1e-6
 """Squared distance of a unit atom from the span of the chosen ones under which it adds nothing."""
