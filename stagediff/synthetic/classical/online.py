@@ -5,6 +5,8 @@ data are read once through and never held. What is learnt is then coded by the s
 atoms alone.
 """
 
+import warnings
+
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
@@ -43,6 +45,7 @@ class OnlineLearning(Value):
         Raises UserError when k cannot be, when there is not one batch of vectors, fewer vectors than atoms, or when they are not finite.
         """
         from sklearn.decomposition import MiniBatchDictionaryLearning
+        from sklearn.exceptions import ConvergenceWarning
 
         check_k(self.k, data.d, self.features)
         steps = int(self.epochs * data.n_tokens) // self.batch
@@ -58,11 +61,13 @@ class OnlineLearning(Value):
             n_components=self.features,
             alpha=self.l1,
             fit_algorithm="cd",
-            dict_init=random_atoms(first, self.features, seed).numpy(),
+            dict_init=random_atoms(first, self.features, seed).double().numpy(),
             random_state=seed % (1 << 32),
         )
-        for x in batches(data, order, self.batch, 0, steps):
-            learner.partial_fit((x.float() - offset).numpy())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # of a batch's codes that are short of 1e-8
+            for x in batches(data, order, self.batch, 0, steps):
+                learner.partial_fit((x.double() - offset).numpy())  # the lasso's tolerance is beyond fp32, where it would not end
         atoms = unit(torch.from_numpy(learner.components_).float())
         return AtomDictionary(oriented(atoms, batch_omp(first, atoms, self.k)), offset, self.k, self.error)
 
