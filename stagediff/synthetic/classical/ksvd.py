@@ -6,6 +6,9 @@ near it and needs no SVD.) An atom that no code uses becomes the worst-represent
 pursuit, which is greedy, finds a worse one: so the error never rises from one iteration to the next, as long as all data are seen each time
 and codes have a fixed length (with an `error` to reach, a shorter code with a larger error may be the better one).
 
+Left alone it often ends with two atoms for one direction, and none for a rarer one. `coherence` is the remedy of the paper's section IV-E: of two atoms
+nearer than that the less used one is given up for the worst-represented vector, for which the error may rise for a while.
+
 Memory: the vectors of one iteration, their residuals and k coefficients each; nothing is vectors x atoms. More data than `samples` are read in
 turn, `samples` an iteration. That is a minibatch variant of the published method: codes are not kept, and the error may rise.
 """
@@ -46,6 +49,8 @@ class KSVD(Value):
     error: float = Field(0.0, ge=0)
     """Squared error per vector at which a code is long enough, in learning as in coding (denoising: what the noise makes)."""
     iterations: PositiveInt = 20
+    coherence: float = Field(1.0, gt=0)
+    """Absolute cosine from which two atoms are one too many, looked at after every iteration but the last; 1: never."""
     samples: PositiveInt = 65_536
     """Vectors of one iteration. Data with no more are used whole every time."""
     centre: bool = False
@@ -57,22 +62,29 @@ class KSVD(Value):
         whole = data.n_tokens <= self.samples
         offset = mean(data) if self.centre else torch.zeros(data.d)
         parts = _whole(data, self.iterations) if whole else _in_turn(data, self.samples, self.iterations, seed)
-        learnt = ksvd((x - offset for x in parts), self.features, self.k, seed, self.error, keep_codes=whole and not self.error)
+        learnt = ksvd(
+            (x - offset for x in parts), self.features, self.k, seed, self.error, self.coherence, keep_codes=whole and not self.error
+        )
         return AtomDictionary(oriented(learnt.atoms, learnt.codes), offset, self.k, self.error)
 
 
 @torch.no_grad()
-def ksvd(parts: Iterator[Tensor], features: int, k: int, seed: int, error: float = 0.0, keep_codes: bool = True) -> Learnt:
+def ksvd(
+    parts: Iterator[Tensor], features: int, k: int, seed: int, error: float = 0.0, coherence: float = 1.0, *, keep_codes: bool = True
+) -> Learnt:
     """One iteration per part [n, d]. `keep_codes`: all parts are the same vectors, so that former codes count."""
-    atoms, codes, errors = torch.empty(0), None, []
+    atoms, left, former, codes, errors = torch.empty(0), torch.empty(0), torch.empty(0), None, []
     for x in parts:
         if not errors:
             atoms = random_atoms(x, features, seed)
+        elif coherence < 1 and codes is not None:
+            _renew(atoms, _twins(atoms, codes, coherence), former, left)
         fresh = batch_omp(x, atoms, k, error)
         codes = _better(x, atoms, fresh, codes) if keep_codes and codes is not None else fresh
         left = x - _sum(codes, atoms)
-        _replace_unused(x, left, atoms, codes)
+        _renew(atoms, _uses(codes, features) == 0, x, left)
         _sweep(left, atoms, codes)
+        former = x
         errors.append(float(left.square().sum(1).mean(dtype=torch.float64)))
     assert codes is not None
     return Learnt(atoms, codes, errors)
@@ -93,13 +105,22 @@ def _better(x: Tensor, atoms: Tensor, fresh: Codes, former: Codes) -> Codes:
     return Codes(torch.where(keep, former.index, fresh.index), torch.where(keep, former.value, fresh.value))
 
 
-def _replace_unused(x: Tensor, left: Tensor, atoms: Tensor, codes: Codes) -> None:
-    """Atoms without a code become the vectors with the largest errors, in place; no code changes."""
-    used = torch.zeros(len(atoms), dtype=torch.bool)
-    used[codes.index[codes.value != 0]] = True
-    unused = (~used).nonzero()[:, 0]
-    worst = left.square().sum(1).topk(min(len(unused), len(x))).indices
-    atoms[unused[: len(worst)]] = unit(x[worst])
+def _uses(codes: Codes, features: int) -> Tensor:
+    """How many vectors use each atom, [F]."""
+    return codes.index[codes.value != 0].bincount(minlength=features)
+
+
+def _twins(atoms: Tensor, codes: Codes, coherence: float) -> Tensor:
+    """Which atoms [F] have another one that near, which is used more."""
+    uses = _uses(codes, len(atoms))
+    rank = torch.empty_like(uses).scatter_(0, uses.argsort(descending=True, stable=True), torch.arange(len(atoms)))
+    return (((atoms @ atoms.t()).abs() > coherence) & (rank[None] < rank[:, None])).any(1)
+
+
+def _renew(atoms: Tensor, which: Tensor, x: Tensor, left: Tensor) -> None:
+    """The atoms of the mask `which` [F] become the vectors x [n, d] with the largest errors left [n, d], in place."""
+    at = which.nonzero()[:, 0][: len(x)]
+    atoms[at] = unit(x[left.square().sum(1).topk(len(at)).indices])
 
 
 def _sweep(left: Tensor, atoms: Tensor, codes: Codes) -> None:

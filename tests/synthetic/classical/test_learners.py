@@ -11,8 +11,8 @@ from stagediff.sae.dictionary import SAE
 from stagediff.sae.layout import from_bytes, to_bytes
 from stagediff.sae.spec import Budget, DictionaryConfig
 from stagediff.synthetic.classical.compare import recovery
-from stagediff.synthetic.classical.dictionary import AtomDictionary, InMemory, by_pursuit, random_atoms
-from stagediff.synthetic.classical.ksvd import KSVD, ksvd
+from stagediff.synthetic.classical.dictionary import AtomDictionary, InMemory, by_pursuit, random_atoms, unit
+from stagediff.synthetic.classical.ksvd import KSVD, _renew, _twins, _uses, ksvd
 from stagediff.synthetic.classical.online import OnlineLearning
 from stagediff.synthetic.classical.pursuit import batch_omp
 from stagediff.synthetic.classical.saes import SAETraining
@@ -81,15 +81,27 @@ def test_ksvds_errors_are_those_of_its_codes(easy):
     assert made.errors[-1] == pytest.approx(float(error), rel=1e-4)
 
 
-def test_an_unused_atom_becomes_the_worst_represented_vector():
-    from stagediff.synthetic.classical.ksvd import _replace_unused
+def test_an_atom_that_is_given_up_becomes_the_worst_represented_vector():
+    x, atoms = torch.tensor([[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 3.0, 4.0]]), torch.eye(4)[[0, 1, 0]]
+    codes = batch_omp(x, atoms, 1)
+    assert _uses(codes, 3).tolist()[:2] == [1 + 1 * (codes.value[2, 0] != 0), 1]  # the third repeats the first
+    which = _twins(atoms, codes, 0.9)
+    assert which.tolist() == [False, False, True]
+    _renew(atoms, which, x, x - codes.dense(3) @ atoms)
+    torch.testing.assert_close(atoms[2], torch.tensor([0, 0, 0.6, 0.8]))
 
-    atoms, x = torch.eye(4), torch.tensor([[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 3.0, 4.0]])
-    codes = batch_omp(x, atoms[:2].repeat(2, 1)[:3], 1)  # the third atom repeats the first and is never taken
-    used = atoms[:3].clone()
-    used[2] = atoms[0]
-    _replace_unused(x, torch.tensor([[0.0] * 4, [0.0] * 4, [0, 0, 3.0, 4.0]]), used, codes)
-    torch.testing.assert_close(used, torch.tensor([[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 0.6, 0.8]]))
+
+def test_giving_up_twins_frees_atoms_for_rarer_directions(easy):
+    x, atoms = easy
+    rare = torch.cat([x[:1500], x[1500:1560] + 0.9 * unit(torch.ones(1, 16))])
+
+    def near(coherence):
+        learnt = KSVD(features=40, k=2, iterations=12, coherence=coherence).fit(InMemory(rare), 3).atoms
+        return int(((learnt @ learnt.T).abs().fill_diagonal_(0) > 0.9).sum()) // 2, recovery(learnt, atoms)[0]
+
+    (twins, found), (fewer, still) = near(1.0), near(0.9)
+    assert fewer < twins
+    assert still >= found
 
 
 @pytest.mark.parametrize("learner", [KSVD(features=32, k=2, iterations=6, centre=True), OnlineLearning(features=32, k=2, centre=True)])
