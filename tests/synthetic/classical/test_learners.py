@@ -11,7 +11,7 @@ from stagediff.sae.dictionary import SAE
 from stagediff.sae.layout import from_bytes, to_bytes
 from stagediff.sae.spec import Budget, DictionaryConfig
 from stagediff.synthetic.classical.compare import recovery
-from stagediff.synthetic.classical.dictionary import AtomDictionary, InMemory, by_pursuit, random_atoms, unit
+from stagediff.synthetic.classical.dictionary import AtomDictionary, InMemory, by_pursuit, random_atoms
 from stagediff.synthetic.classical.ksvd import KSVD, _renew, _twins, _uses, ksvd
 from stagediff.synthetic.classical.online import OnlineLearning
 from stagediff.synthetic.classical.pursuit import batch_omp
@@ -84,24 +84,22 @@ def test_ksvds_errors_are_those_of_its_codes(easy):
 def test_an_atom_that_is_given_up_becomes_the_worst_represented_vector():
     x, atoms = torch.tensor([[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 3.0, 4.0]]), torch.eye(4)[[0, 1, 0]]
     codes = batch_omp(x, atoms, 1)
-    assert _uses(codes, 3).tolist()[:2] == [1 + 1 * (codes.value[2, 0] != 0), 1]  # the third repeats the first
+    assert _uses(codes, 3).tolist() == [1, 1, 0]
     which = _twins(atoms, codes, 0.9)
     assert which.tolist() == [False, False, True]
     _renew(atoms, which, x, x - codes.dense(3) @ atoms)
     torch.testing.assert_close(atoms[2], torch.tensor([0, 0, 0.6, 0.8]))
 
 
-def test_giving_up_twins_frees_atoms_for_rarer_directions(easy):
+def test_giving_up_twins_leaves_fewer_of_them_and_finds_no_less(easy):
     x, atoms = easy
-    rare = torch.cat([x[:1500], x[1500:1560] + 0.9 * unit(torch.ones(1, 16))])
-
-    def near(coherence):
-        learnt = KSVD(features=40, k=2, iterations=12, coherence=coherence).fit(InMemory(rare), 3).atoms
-        return int(((learnt @ learnt.T).abs().fill_diagonal_(0) > 0.9).sum()) // 2, recovery(learnt, atoms)[0]
-
-    (twins, found), (fewer, still) = near(1.0), near(0.9)
-    assert fewer < twins
-    assert still >= found
+    twins, found = {}, {}
+    for coherence in (1.0, 0.9):
+        learnt = [KSVD(features=40, k=2, iterations=12, coherence=coherence).fit(InMemory(x[:1500]), seed).atoms for seed in range(3)]
+        twins[coherence] = sum(int(((a @ a.T).abs().fill_diagonal_(0) > 0.9).sum()) for a in learnt)
+        found[coherence] = sum(recovery(a, atoms)[0] for a in learnt)
+    assert twins[0.9] < twins[1.0]
+    assert found[0.9] >= found[1.0]
 
 
 @pytest.mark.parametrize("learner", [KSVD(features=32, k=2, iterations=6, centre=True), OnlineLearning(features=32, k=2, centre=True)])
