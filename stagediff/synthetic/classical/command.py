@@ -36,8 +36,8 @@ PLANTED_LEGEND = (
     "planted: the true directions; random: vectors of the data. Neither learns."
 )
 IMAGE_LEGEND = (
-    "PSNR in dB, before and after. Pursuit to the error: OMP until the error is the noise's (atoms: how many that takes); fixed k: 4 atoms a patch, "
-    "topk by its own encoder, the others by OMP. cosines: a fixed dictionary. Times: learning, one thread."
+    "PSNR in dB, before and after. Pursuit to the error: OMP until the error is the noise's (atoms: how many that takes); fixed k: 2 atoms a patch; "
+    "topk (2) and batchtopk (1 on average) by their own encoders, the others by OMP. cosines: a fixed dictionary. Times: learning, one thread."
 )
 
 

@@ -20,7 +20,7 @@ from stagediff.sae.spec import Budget, DictionaryConfig
 from stagediff.synthetic.classical.dictionary import AtomDictionary, InMemory, Learner, SparseDictionary, by_pursuit, random_atoms
 from stagediff.synthetic.classical.ksvd import KSVD
 from stagediff.synthetic.classical.online import OnlineLearning
-from stagediff.synthetic.classical.saes import SAETraining
+from stagediff.synthetic.classical.saes import SAETraining, warm_up
 from stagediff.synthetic.classical.threads import Seconds, one_thread
 from stagediff.synthetic.diff_rungs import diff_world
 from stagediff.synthetic.diff_spec import DiffWorld
@@ -29,7 +29,7 @@ from stagediff.synthetic.diff_world import PlantedDiff
 if TYPE_CHECKING:
     from stagediff.progress import Progress
 
-__all__ = ["ATOMS", "LEARNERS", "RECOVERED", "K", "Planted", "compare", "planted", "recovery"]
+__all__ = ["ATOMS", "LEARNERS", "RECOVERED", "K", "Planted", "compare", "planted", "recovery", "sae_learner"]
 
 RECOVERED = 0.9
 """Cosine from which a planted direction counts as found."""
@@ -39,14 +39,15 @@ TRAINING_BLOCKS, HELDOUT_BLOCKS = 8, 2
 EVALUATED_AT_ONCE = 4096
 
 
-def _sae(architecture: str, lr: float, l1: float = 0.0) -> SAETraining:
+def sae_learner(architecture: str, lr: float, l1: float = 0.0) -> SAETraining:
+    """An SAE of ATOMS latents on 2,097,152 vectors; K and l1 count for the architectures that have them."""
     config = {"architecture": architecture, "features": ATOMS, "k": K, "l1": l1, "dead_after": 100_000}
     return SAETraining(dictionary=DictionaryConfig.model_validate(config), budget=Budget(tokens=2_097_152, batch=1024, lr=lr))
 
 
 LEARNERS: dict[str, Learner] = {
-    "topk": _sae("topk", lr=1e-2),
-    "relu": _sae("relu", lr=5e-3, l1=5.0),
+    "topk": sae_learner("topk", lr=1e-2),
+    "relu": sae_learner("relu", lr=5e-3, l1=5.0),
     "ksvd": KSVD(features=ATOMS, k=K, iterations=20),
     "ksvd-no-twins": KSVD(features=ATOMS, k=K, iterations=20, coherence=0.9),
     "online": OnlineLearning(features=ATOMS, k=K, l1=0.25, epochs=1),
@@ -104,7 +105,7 @@ def compare(seeds: Iterable[int], learners: Mapping[str, Learner] = LEARNERS, *,
     seeds, progress = list(seeds), progress or Progress()
     rows = []
     with one_thread(), progress.step("classical"), progress.task("dictionaries", len(seeds) * (len(learners) + 2), "dictionaries") as task:
-        _warm_up(learners)
+        warm_up(learners)
         for seed in seeds:
             world = planted(diff_world("small", seed))
             controls = {"planted": _Given(world.truth), "random": _Given(random_atoms(world.training, ATOMS, seed))}
@@ -132,11 +133,3 @@ def _error(dictionary: SparseDictionary, x: Tensor) -> tuple[float, float]:
         meter.add(part, dictionary.decode(f), f.abs())  # pursuit's coefficients have either sign
     quality = meter.result()
     return 1 - quality.explained_variance, quality.l0
-
-
-def _warm_up(learners: Mapping[str, Learner]) -> None:
-    """Compiles what a first training would compile (numba's kernels of topk), so that nobody's time holds it."""
-    for learner in learners.values():
-        if isinstance(learner, SAETraining):
-            budget = Budget(tokens=learner.budget.batch, batch=learner.budget.batch)
-            learner.model_copy(update={"budget": budget}).fit(InMemory(torch.randn(learner.budget.batch, 64)))

@@ -1,12 +1,13 @@
 """Denoising a photograph with sparse codes of its patches (Elad, Aharon 2006): an example in which a dictionary's worth can be seen.
 
 Every patch of the noisy picture loses its mean, is coded, and comes back; overlapping patches are averaged. Dictionaries are learnt from the noisy
-patches themselves. The classical codes end where the error is what the noise makes, so flat patches get no atoms at all; an SAE spends k on each.
+patches themselves. The classical codes end where the error is what the noise makes, so flat patches get no atoms at all; a TopK SAE spends k on
+each, a BatchTopK SAE k on average.
 To tell the encoder from the atoms, every dictionary is also used the other way: SAEs' atoms by pursuit, classical ones with k atoms a patch.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import pandas as pd
 import torch
@@ -19,7 +20,7 @@ from stagediff.synthetic.classical.dictionary import AtomDictionary, InMemory, L
 from stagediff.synthetic.classical.ksvd import KSVD
 from stagediff.synthetic.classical.online import OnlineLearning
 from stagediff.synthetic.classical.photograph import PATCH, cosines, joined, noisy, patches, photograph, psnr
-from stagediff.synthetic.classical.saes import SAETraining
+from stagediff.synthetic.classical.saes import SAETraining, warm_up
 from stagediff.synthetic.classical.threads import Seconds, one_thread
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ __all__ = ["LEARNERS", "SIGMA", "Picture", "denoise", "denoised"]
 SIGMA = 25 / 255
 ERROR = PATCH * PATCH * (1.15 * SIGMA) ** 2
 """Squared error of a patch at which its code is long enough (Elad, Aharon 2006: 1.15 sigma per pixel)."""
-ATOMS, LONGEST, K = 256, 16, 4
+ATOMS, LONGEST, K = 256, 16, 2
 """Atoms of a dictionary; at most so many in a code to the error; in a code of fixed length."""
 TRAINING_PATCHES = 16_384
 CODED_AT_ONCE = 8192
@@ -43,14 +44,17 @@ class _Cosines:
         return AtomDictionary(cosines(), torch.zeros(data.d), LONGEST, ERROR)
 
 
+def _sae(architecture: Literal["topk", "batchtopk"], k: int) -> SAETraining:
+    config = DictionaryConfig(architecture=architecture, features=ATOMS, k=k, dead_after=100_000)
+    return SAETraining(dictionary=config, budget=Budget(tokens=1_048_576, batch=1024, lr=1e-3))
+
+
 LEARNERS: dict[str, Learner] = {
     "cosines": _Cosines(),
     "ksvd": KSVD(features=ATOMS, k=LONGEST, error=ERROR, iterations=15),
     "online": OnlineLearning(features=ATOMS, k=LONGEST, error=ERROR, l1=0.3, epochs=2),
-    "topk": SAETraining(
-        dictionary=DictionaryConfig(architecture="topk", features=ATOMS, k=K, dead_after=100_000),
-        budget=Budget(tokens=1_048_576, batch=1024, lr=1e-3),
-    ),
+    "topk": _sae("topk", K),
+    "batchtopk": _sae("batchtopk", 1),
 }
 """Method -> its settings, chosen on the photograph `flower`."""
 
@@ -72,7 +76,7 @@ def denoise(
 ) -> tuple[pd.DataFrame, Picture]:
     """Denoises a photograph, once per seed (of noise and learners). Returns a row per seed and method, and the first seed's pictures.
 
-    Columns: method, seed, noisy, pursuit, fixed (PSNR in decibels: before; with codes to the noise's error; with K atoms per patch, for an SAE by its own
+    Columns: method, seed, noisy, pursuit, fixed (PSNR in decibels: before; with codes to the noise's error; with K atoms per patch; for an SAE by its own
     encoder), atoms (in a code to the error, mean), seconds and processor_seconds of learning, on one thread. Raises UserError for an unknown name.
     """
     from stagediff.progress import Progress
@@ -80,6 +84,7 @@ def denoise(
     clean, seeds, progress = photograph(name), list(seeds), progress or Progress()
     rows, first = [], None
     with one_thread(), progress.step("denoise"), progress.task("dictionaries", len(seeds) * len(learners), "dictionaries") as task:
+        warm_up(learners)
         for seed in seeds:
             picture = Picture(clean, noisy(clean, SIGMA, seed), {}, {})
             for method, learner in learners.items():

@@ -160,5 +160,5 @@ def random_atoms(x: Tensor, features: int, seed: int) -> Tensor:
 
 def oriented(atoms: Tensor, codes: Codes) -> Tensor:
     """The atoms, each with the sign that makes its coefficients positive on the whole: a code and its atom may both be turned round."""
-    total = atoms.new_zeros(len(atoms)).index_add_(0, codes.index.flatten(), codes.value.flatten())
+    total = atoms.new_zeros(len(atoms)).index_add_(0, codes.atom.flatten(), codes.value.flatten())
     return torch.where(total < 0, -1.0, 1.0)[:, None] * atoms

@@ -11,7 +11,7 @@ from stagediff.synthetic.classical.photograph import PATCH, psnr
 
 __all__ = ["NAMES", "figure_png", "mosaic"]
 
-NAMES = {"cosines": "cosines (fixed)", "ksvd": "K-SVD", "online": "online learning", "topk": "TopK SAE"}
+NAMES = {"cosines": "cosines (fixed)", "ksvd": "K-SVD", "online": "online learning", "topk": "TopK SAE", "batchtopk": "BatchTopK SAE"}
 
 
 def figure_png(picture: Picture) -> bytes:
@@ -30,7 +30,7 @@ def mosaic(atoms: Tensor, side: int = 16) -> Tensor:
 
 
 def _figure(picture: Picture) -> Figure:
-    figure = Figure(figsize=(2.6 * (2 + len(picture.best)), 4.4), layout="constrained")
+    figure = Figure(figsize=(1.65 * (2 + len(picture.best)), 2.9), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2 + len(picture.best), height_ratios=(2, 3), squeeze=False)
     shown = {"photograph": picture.clean, "with noise": picture.noisy, **picture.best}
@@ -38,7 +38,7 @@ def _figure(picture: Picture) -> Figure:
         upper, lower = axes[:, column]
         said = "" if name == "photograph" else f", {psnr(image, picture.clean):.2f} dB"
         upper.imshow(image, cmap="gray", vmin=0, vmax=1)
-        upper.set_title(NAMES.get(name, name) + said, color=INK, fontsize=9)
+        upper.set_title(NAMES.get(name, name) + said, color=INK, fontsize=7)
         if name in picture.atoms:
             lower.imshow(mosaic(picture.atoms[name]), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         upper.axis("off")

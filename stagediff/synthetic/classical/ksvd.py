@@ -10,7 +10,8 @@ Left alone it often ends with two atoms for one direction, and none for a rarer 
 nearer than that the less used one is given up for the worst-represented vector, for which the error may rise for a while.
 
 Memory: the vectors of one iteration, their residuals and k coefficients each; nothing is vectors x atoms. More data than `samples` are read in
-turn, `samples` an iteration. That is a minibatch variant of the published method: codes are not kept, and the error may rise.
+turn, `samples` an iteration, in bf16 as SAEs read them. That is a minibatch variant of the published method: codes are not kept, and the error may
+rise. Everything is on the CPU.
 """
 
 from collections.abc import Iterator
@@ -73,7 +74,8 @@ def ksvd(
     parts: Iterator[Tensor], features: int, k: int, seed: int, error: float = 0.0, coherence: float = 1.0, *, keep_codes: bool = True
 ) -> Learnt:
     """One iteration per part [n, d]. `keep_codes`: all parts are the same vectors, so that former codes count."""
-    atoms, left, former, codes, errors = torch.empty(0), torch.empty(0), torch.empty(0), None, []
+    atoms, left, former, codes = torch.empty(0), torch.empty(0), torch.empty(0), None
+    errors: list[float] = []
     for x in parts:
         if not errors:
             atoms = random_atoms(x, features, seed)
@@ -93,8 +95,8 @@ def ksvd(
 def _sum(codes: Codes, atoms: Tensor) -> Tensor:
     """codes @ atoms, [n, d], without a dense matrix of codes."""
     out = codes.value.new_zeros(len(codes.value), atoms.shape[1])
-    for slot in range(codes.index.shape[1]):
-        out.addcmul_(atoms[codes.index[:, slot]], codes.value[:, slot, None])
+    for slot in range(codes.atom.shape[1]):
+        out.addcmul_(atoms[codes.atom[:, slot]], codes.value[:, slot, None])
     return out
 
 
@@ -102,12 +104,12 @@ def _better(x: Tensor, atoms: Tensor, fresh: Codes, former: Codes) -> Codes:
     """Of each vector the code with the smaller error."""
     was, now = ((x - _sum(codes, atoms)).square().sum(1) for codes in (former, fresh))
     keep = (was < now)[:, None]
-    return Codes(torch.where(keep, former.index, fresh.index), torch.where(keep, former.value, fresh.value))
+    return Codes(torch.where(keep, former.atom, fresh.atom), torch.where(keep, former.value, fresh.value))
 
 
 def _uses(codes: Codes, features: int) -> Tensor:
     """How many vectors use each atom, [F]."""
-    return codes.index[codes.value != 0].bincount(minlength=features)
+    return codes.atom[codes.value != 0].bincount(minlength=features)
 
 
 def _twins(atoms: Tensor, codes: Codes, coherence: float) -> Tensor:
@@ -125,8 +127,8 @@ def _renew(atoms: Tensor, which: Tensor, x: Tensor, left: Tensor) -> None:
 
 def _sweep(left: Tensor, atoms: Tensor, codes: Codes) -> None:
     """Updates every atom and its coefficients, and the residuals left [n, d], in place."""
-    k = codes.index.shape[1]
-    place = torch.where(codes.value != 0, codes.index, len(atoms)).flatten()  # code slots without a coefficient come last
+    k = codes.atom.shape[1]
+    place = torch.where(codes.value != 0, codes.atom, len(atoms)).flatten()  # code slots without a coefficient come last
     order = place.argsort(stable=True)
     counts = place.bincount(minlength=len(atoms) + 1).tolist()
     values = codes.value.view(-1)

@@ -24,14 +24,14 @@ DEPENDENT = 1e-6
 class Codes(NamedTuple):
     """Sparse codes of n vectors."""
 
-    index: Tensor
+    atom: Tensor
     """[n, k] int64, distinct within a row where the value is not 0."""
     value: Tensor
     """[n, k] coefficients of either sign; 0 where fewer than k atoms were needed."""
 
     def dense(self, features: int) -> Tensor:
         """The codes as [n, features]."""
-        return self.value.new_zeros(len(self.value), features).scatter_add_(1, self.index, self.value)
+        return self.value.new_zeros(len(self.value), features).scatter_add_(1, self.atom, self.value)
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def batch_omp(x: Tensor, atoms: Tensor, k: int, error: float = 0.0) -> Codes:
     gram = atoms @ atoms.t()
     rows = max(1, HELD_VALUES // (k * F))
     parts = [_pursue(part @ atoms.t(), gram, k, part.square().sum(1), error) for part in x.split(rows)]
-    return Codes(torch.cat([p.index for p in parts]), torch.cat([p.value for p in parts]))
+    return Codes(torch.cat([p.atom for p in parts]), torch.cat([p.value for p in parts]))
 
 
 def check_k(k: int, d: int, features: int) -> None:

@@ -1,5 +1,9 @@
 """SAEs beside the classical learners: the same `fit`, by the trainer of every other dictionary here, on data in memory or in a store."""
 
+from collections.abc import Mapping
+
+import torch
+
 from stagediff.errors import UserError
 from stagediff.sae.batches import Activations, Order, batches, shard_sizes
 from stagediff.sae.dictionary import SAE
@@ -7,8 +11,9 @@ from stagediff.sae.initial import fresh, measure
 from stagediff.sae.spec import Budget, DictionaryConfig
 from stagediff.sae.trainer import Trainer
 from stagediff.spec import Value
+from stagediff.synthetic.classical.dictionary import InMemory, Learner
 
-__all__ = ["SAETraining"]
+__all__ = ["SAETraining", "warm_up"]
 
 
 class SAETraining(Value):
@@ -22,8 +27,6 @@ class SAETraining(Value):
 
         Raises UserError when the budget is under one batch, when the data are empty, all 0 or not finite, or when the weights become so.
         """
-        import torch
-
         steps = self.budget.tokens // self.budget.batch
         if not steps:
             raise UserError(
@@ -36,3 +39,12 @@ class SAETraining(Value):
         if not trainer.is_finite():
             raise UserError("Weights became NaN or infinite in training. Finite ones were expected: lower the learning rate (budget.lr).")
         return trainer.dictionary()
+
+
+def warm_up(learners: Mapping[str, Learner]) -> None:
+    """Compiles what a first training would compile (numba's kernels), so that nobody's time holds it."""
+    for learner in learners.values():
+        if isinstance(learner, SAETraining):
+            budget = Budget(tokens=learner.budget.batch, batch=learner.budget.batch)
+            x = torch.randn(learner.budget.batch, 64, generator=torch.Generator().manual_seed(0))
+            learner.model_copy(update={"budget": budget}).fit(InMemory(x))
