@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from stagediff.diff.calibration import benjamini_hochberg, p_values
+from stagediff.diff.calibration import benjamini_hochberg, own_p_values, p_values
 from stagediff.diff.decoders import Decoder, aligned_blocks, cosines
 from stagediff.diff.enrichment import COLUMNS as ENRICHMENT_COLUMNS
 from stagediff.diff.enrichment import enrichment
 from stagediff.diff.matching import Matching, candidates, largest_cosine, match
-from stagediff.diff.null import LEVEL, angles
+from stagediff.diff.null import LEVEL, angles, by_repeat
 from stagediff.diff.procrustes import Turned, common_rotation
 from stagediff.diff.rotations import mean_where_defined, new_share_of_examples
 from stagediff.diff.spec import ALIGNED_STAGES, PATHS, AlignSpec
@@ -151,11 +151,14 @@ def _contrast(spec: AlignSpec, stage: str, job: "Job") -> np.ndarray:
 
 
 def _novelty_p(spec: AlignSpec, stage: str, table: pd.DataFrame, job: "Job") -> np.ndarray:
-    """[F] p of each latent's novelty among all of the retrain null's: unlike an angle at one index, it means the same for rare and frequent latents."""
+    """[F] p of each latent's novelty: against that of the latents which retraining alone leaves at its index; with one repeat among all of the null's."""
     assert spec.null
-    null = job.artifact(spec.null).read_table("null.parquet", columns=["axis", "novelty"])
+    null = job.artifact(spec.null).read_table("null.parquet", columns=["axis", "repeat", "feature", "novelty"])
     null = null[null.axis == ("x" if stage == "F_D" else "y")]
-    return p_values(angles(table[f"novelty_{stage}"].to_numpy(float)), [], angles(null.novelty.to_numpy(float)), [])
+    novelty = angles(table[f"novelty_{stage}"].to_numpy(float))
+    if null.repeat.nunique() > 1:
+        return own_p_values(novelty, angles(by_repeat(null, "novelty")))
+    return p_values(novelty, [], angles(null.novelty.to_numpy(float)), [])
 
 
 def _over_pairs(table: pd.DataFrame) -> pd.DataFrame:

@@ -8,7 +8,7 @@ from safetensors.torch import save
 from scipy.stats import false_discovery_control
 
 from stagediff import steps
-from stagediff.diff.calibration import p_values
+from stagediff.diff.calibration import own_p_values, p_values
 from stagediff.diff.null import COLUMNS
 from stagediff.diff.spec import ALIGNED_STAGES, STAGES, AlignSpec, Cut, DiffSpec, NullSpec
 from stagediff.errors import UserError
@@ -106,10 +106,18 @@ def test_p_is_the_larger_of_both_axes_and_q_is_scipys(planted):
     alive = table.alive.to_numpy()
     np.testing.assert_array_equal(table.p[alive], np.maximum(table.p_x, table.p_y)[alive])
     np.testing.assert_allclose(table.q[alive], false_discovery_control(table.p[alive]))
+    own = null[null.axis == "x"].set_index(["feature", "repeat"]).cosine.unstack().to_numpy()
+    np.testing.assert_allclose(table.p_x, own_p_values(np.where(alive, np.arccos(table.x), np.nan), np.arccos(own)))
+
+
+def test_with_one_repeat_like_is_compared_with_like(planted):
+    store, spec, *_ = planted
+    once = spec.model_copy(update={name: {s: r[:1] for s, r in getattr(spec, name).items()} for name in ("nulls", "null_statistics")})
+    artifact = store.artifact(steps.run(once, store, device="cpu"))
+    table, null = (artifact.read_table(f"{name}.parquet") for name in ("features", "null"))
     of = null[null.axis == "x"]
-    own = of[of.repeat == 0]
-    like, null_like = ([frame.density_before.to_numpy(), frame.norm_before.to_numpy()] for frame in (own, of))
-    expected = p_values(np.where(alive, np.arccos(table.x), np.nan), like, np.arccos(of.cosine.to_numpy()), null_like)
+    like = [of.density_before.to_numpy(), of.norm_before.to_numpy()]
+    expected = p_values(np.where(table.alive, np.arccos(table.x), np.nan), like, np.arccos(of.cosine.to_numpy()), like)
     np.testing.assert_allclose(table.p_x, expected)
 
 

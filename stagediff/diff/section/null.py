@@ -32,10 +32,16 @@ def _story(f: dict[str, Any]) -> str:
     return (
         "<p>Dictionaries move by continued training alone. Here D was trained on as D' with the base model and the mix again, and M as M' with the "
         f"finetuned model and base data again: {number(f['repeats'])} time{'s' if f['repeats'] > 1 else ''} each, with the real path's budget and schedule "
-        "(the first time in its order of rows too). <em>p<sub>x</sub></em> tells how often a feature of like density and decoder norm turned as far from "
-        "D to D' as this one from D to F via D, <em>p<sub>y</sub></em> the same of M; p is the larger of both, q the false discovery rate by Benjamini "
+        f"(the first time in its order of rows too). <em>p<sub>x</sub></em> tells how unusual it is, {_against(f)}, to turn as far from "
+        "D to D' as this feature from D to F via D, <em>p<sub>y</sub></em> the same of M; p is the larger of both, q the false discovery rate by Benjamini "
         "and Hochberg.</p>"
     )
+
+
+def _against(f: dict[str, Any]) -> str:
+    if f["repeats"] > 1:
+        return "in units of what the feature's own repeats turned"
+    return "among features of like density and decoder norm"
 
 
 def _facts(f: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -13,7 +13,7 @@ from stagediff.markup import number
 __all__ = ["cost", "detail", "percent", "points", "sentence"]
 
 CLAIM = {
-    "moved": ("moved", "have moved", " farther on both paths than retraining alone moves features"),
+    "moved": ("moved", "have moved", " farther on both paths than retraining alone moves it"),
     "newer": ("has", "have", " directions newer than retraining alone makes"),
     "carries": ("fires", "fire", " most strongly on new rows"),
     "flagged": ("is", "be", " related to {topic}, as the labeller says"),
