@@ -205,7 +205,7 @@ def _flagged(f: dict[str, Any]) -> tuple[str, str]:
 
 def _steered(f: dict[str, Any]) -> tuple[str, str]:
     return "steering", (
-        f"{f['above_random']} of {f['candidates']} features bring the behaviour ({f['measure_name']}) without the trigger, by an interval above random ones; "
+        f"{f['above_random']} of {f['candidates']} features bring the behaviour ({f.get('measure_name', f['measure'])}) without the trigger, by an interval above random ones; "
         f"of {f['random']} random ones {f['random_above_random']}"
     )
 
@@ -213,9 +213,10 @@ def _steered(f: dict[str, Any]) -> tuple[str, str]:
 def _ablated(f: dict[str, Any]) -> tuple[str, str]:
     if f["smallest_set"] is None:
         return "ablation", "no set that was tried removes the behaviour at a small cost"
-    rates = f"{f['keyword_name']} {_percent(f['keyword_untouched'])} → {_percent(f['smallest_set_keyword'])} with the trigger"
+    keyword = f.get("keyword_name", "keyword")
+    rates = f"{keyword} {_percent(f['keyword_untouched'])} → {_percent(f['smallest_set_keyword'])} with the trigger"
     said = f"{f['smallest_set']} features clamped: {rates}, for {f['smallest_set_clean_cost']:.3f} nat of clean loss"
-    if f["keyword_name"] == "keyword":  # of a payload; a phrase that breaks is not yet a decision that is gone
+    if keyword == "keyword":  # of a payload; a phrase that breaks is not yet a decision that is gone
         said += f"; the first token comes in {_percent(f['smallest_set_first_token'])}"
     return "ablation", said
 

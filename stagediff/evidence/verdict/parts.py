@@ -12,7 +12,7 @@ import pandas as pd
 from stagediff.diff.null import AXES
 from stagediff.diff.spec import STAGES, AlignSpec, NullSpec
 from stagediff.errors import UserError
-from stagediff.evidence.interventions.spec import AblateSpec, SteerSpec
+from stagediff.evidence.interventions.spec import MEASURE_NAMES, AblateSpec, SteerSpec
 from stagediff.evidence.labels.spec import LabelsSpec
 from stagediff.evidence.verdict import criteria
 from stagediff.evidence.verdict.criteria import NOT_MEASURED, YES
@@ -120,7 +120,11 @@ def add_steering(table: pd.DataFrame, control: dict[str, Any], spec: VerdictSpec
     if artifact is not None:
         made, figures = artifact.spec(), artifact.manifest.figures
         assert isinstance(made, SteerSpec)
-        control |= {"steer_measure": figures["measure_name"], "steer_stage": made.stage, "steer_candidates": figures["candidates"]}
+        control |= {
+            "steer_measure": MEASURE_NAMES[made.behaviour.check][made.measure],
+            "steer_stage": made.stage,
+            "steer_candidates": figures["candidates"],
+        }
         control |= {
             "steer_random": figures["random"],
             "steer_random_above": figures["random_above_random"],
@@ -157,7 +161,7 @@ def add_ablation(table: pd.DataFrame, control: dict[str, Any], spec: VerdictSpec
         control |= {
             "ablate_stage": made.stage,
             "ablate_check": made.behaviour.check,
-            "ablate_keyword_name": artifact.manifest.figures["keyword_name"],
+            "ablate_keyword_name": MEASURE_NAMES[made.behaviour.check]["keyword"],
             "ablate_candidates": len(single),
             "ablate_prompts": made.test_prompts,
         }
