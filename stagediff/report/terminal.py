@@ -204,8 +204,9 @@ def _flagged(f: dict[str, Any]) -> tuple[str, str]:
 
 
 def _steered(f: dict[str, Any]) -> tuple[str, str]:
+    measure = f.get("measure_name", f["measure"])
     return "steering", (
-        f"{f['above_random']} of {f['candidates']} features bring the behaviour ({f.get('measure_name', f['measure'])}) without the trigger, by an interval above random ones; "
+        f"{f['above_random']} of {f['candidates']} features bring the behaviour ({measure}) without the trigger, by an interval above random ones; "
         f"of {f['random']} random ones {f['random_above_random']}"
     )
 
