@@ -72,6 +72,8 @@ class AlignSpec(Spec):
 
     step = "align"
     kind = "evidence"
+    version = 2
+    """1: no excess."""
     diff: Ref
     """The published scores, index by index: they stand beside."""
     dictionaries: dict[str, Ref]

@@ -173,6 +173,18 @@ def test_aligned_pairs_have_p_and_q_too(planted):
     paired = table[table.partner >= 0]
     np.testing.assert_allclose(paired.pair_p, np.maximum(paired.p_F_D, table.p_F_M[paired.partner].to_numpy()))
     np.testing.assert_allclose(paired.pair_q, false_discovery_control(paired.pair_p))
+    null = store.artifact(spec.ref).read_table("null.parquet").set_index(["axis", "feature", "repeat"]).novelty
+
+    def excess(axis: str, feature: int, novelty: float) -> float:
+        usual = np.sqrt(np.mean([np.arccos(null[axis, feature, k]) ** 2 for k in range(REPEATS)]))
+        return np.arccos(novelty) - usual
+
+    for i in (0, 5, 30, 300):
+        j = table.partner[i]
+        assert table.pair_excess[i] == pytest.approx(excess("x", i, table.novelty_F_D[i]) + excess("y", j, table.novelty_F_M[j]))
+    foremost = paired.sort_values("pair_excess", ascending=False).feature.head(len(BOTH))
+    assert len(set(foremost) & set(BOTH)) >= 10
+    assert "excess_low" in set(artifact.read_table("enrichment.parquet").measure)
     called = set(paired.feature[paired.pair_q <= 0.1])
     assert len(set(BOTH) & called) >= 10
     assert len(called - set(BOTH)) <= 3

@@ -20,6 +20,7 @@ __all__ = ["FOREMOST", "section"]
 FOREMOST = 20
 NAMES = {
     "pair_novelty": "paired novelty (matched, no labels)",
+    "excess_low": "paired novelty beyond retraining (matched, no labels, needs the retrain null)",
     "aligned_low": "paired novelty × contrast (needs row labels)",
     "paired_x_y": "x + y over the matched pair",
     "score": "x + y by index (published)",
