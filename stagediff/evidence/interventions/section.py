@@ -21,7 +21,7 @@ ORDER_NAMES = {
     "pair_novelty": "lowest paired novelty",
     "trigger": "most active with the trigger",
     "region": "most active with it in the lowest tenth by x + y",
-    "attribution": "the behaviour most due to them, in the lowest fifth by x + y",
+    "attribution": "the behaviour most due to them, in the lowest half by x + y",
     "random": "random",
 }
 COLOURS = {

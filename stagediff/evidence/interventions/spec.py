@@ -102,10 +102,12 @@ class AblateSpec(Intervention):
     """Clamps single features and sets of them to 0 where they are active, with the trigger before the prompt, and counts what is left."""
 
     step = "ablate"
+    version = 2
+    """1: attribution was made once, within the lowest fifth."""
     sizes: tuple[int, ...] = (5, 10, 20, 50, 100, 200)
     orders: tuple[Order, ...] = ("cosine", "score", "trigger", "region", "attribution", "random")
     """Which features come first: nearest in decoder cosine to the first candidate (itself among them), lowest x + y, lowest paired novelty, most active
-    with the trigger against without it (development prompts), the same within the lowest tenth by x + y (region), within the lowest fifth those to
+    with the trigger against without it (development prompts), the same within the lowest tenth by x + y (region), within the lowest half those to
     which most of the behaviour is due (attribution; development prompts), by chance."""
     draws: int = Field(3, ge=1)
     """How many random orders."""

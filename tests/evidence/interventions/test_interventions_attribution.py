@@ -10,7 +10,7 @@ from stagediff import steps
 from stagediff.errors import UserError
 from stagediff.evidence.interventions import attribution as module
 from stagediff.evidence.interventions import hooks
-from stagediff.evidence.interventions.attribution import attribution
+from stagediff.evidence.interventions.attribution import attribution, grown
 from stagediff.evidence.interventions.setting import Setting
 from stagediff.progress import Progress
 
@@ -54,6 +54,23 @@ def test_together_they_are_what_clamping_all_of_them_takes_away(setting):
     taken = log_odds(setting, []) - log_odds(setting, POOL)
     assert abs(taken) > 1
     assert found[POOL].sum() == pytest.approx(taken, rel=0.02)
+
+
+def test_what_is_clamped_already_is_gone_from_what_the_others_take_away(setting):
+    gone, left = POOL[:2], POOL[2:]
+    found = attribution(setting, setting.behaviour, left, clamped=gone, steps=64)
+    taken = log_odds(setting, gone) - log_odds(setting, POOL)
+    assert abs(taken) > 0.1
+    assert found[left].sum() == pytest.approx(taken, rel=0.03)
+
+
+def test_sets_grow_by_what_is_foremost_with_the_others_clamped(setting):
+    order = grown(setting, setting.behaviour, POOL, (1, 3, 9))
+    assert sorted(order) == POOL
+    first = attribution(setting, setting.behaviour, POOL)
+    assert order[0] == np.nanargmax(first)
+    then = attribution(setting, setting.behaviour, [i for i in POOL if i != order[0]], clamped=order[:1])
+    assert order[1:3] == [int(i) for i in np.argsort(-np.nan_to_num(then, nan=-np.inf))[:2]]
 
 
 def test_of_one_step_it_is_the_slope_halfway(setting):
