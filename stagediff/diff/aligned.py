@@ -166,15 +166,19 @@ def _null_novelty(ref: Any, stage: str, job: "Job") -> np.ndarray:
 
 
 def _novelty_p(novelty: np.ndarray, null: np.ndarray) -> np.ndarray:
-    """[F] p of each latent's novelty: against that of the latents which retraining alone leaves at its index; with one repeat among all of the null's."""
-    return own_p_values(novelty, null) if null.shape[1] > 1 else p_values(novelty, [], null.ravel(), [])
+    """[F] p of each latent's novelty: against that of the latents which retraining alone leaves at its index where two repeats leave one, else among all of
+    the null's. What is born in F takes what latent was free: its index may hold nothing in the null, which is no reason to doubt it."""
+    among_all = p_values(novelty, [], null.ravel(), [])
+    if null.shape[1] < 2:
+        return among_all
+    return np.where(np.isfinite(null).sum(1) >= 2, own_p_values(novelty, null), among_all)
 
 
 def _usual(null: np.ndarray) -> np.ndarray:
-    """[F] root mean square of the null angles; a right angle where retraining alone killed the latent in every repeat."""
+    """[F] root mean square of the null angles; the median of all where retraining leaves nothing at the index."""
     there = np.isfinite(null)
     square = np.where(there, null**2, 0.0).sum(1) / np.maximum(there.sum(1), 1)
-    return np.where(there.any(1), np.sqrt(square), np.pi / 2)
+    return np.where(there.any(1), np.sqrt(square), np.median(null[there]) if there.any() else 0.0)
 
 
 def _over_pairs(table: pd.DataFrame) -> pd.DataFrame:

@@ -5,7 +5,7 @@ tail and nothing gets beyond it. So an angle is first measured in units of what 
 
 own_p_values   two repeats or more: against the feature's own repeats, t = log(angle / root mean square of its null angles), both moderated by the pooled median
                a0 (squares plus a0 squared), so that no tremor of a feature that stands still becomes a move (as s0 in Tusher, Tibshirani and Chu, 2001).
-               The null of t are the repeats themselves, each against the others. Measured against the pooled null: docs/decisions/009-own-null.md
+               The null of t are the repeats themselves, each against the others. Beside the pooled null: docs/decisions/009-own-null.md
 p_values       one repeat: against its like, once by density and then by decoder norm: less the median of the null's neighbours in that covariate, divided
                by their spread (1.4826 x the median absolute deviation)
 
@@ -62,14 +62,12 @@ def own_p_values(angle: np.ndarray, null: np.ndarray) -> np.ndarray:
     floor = max(float(np.median(null[there])), LEAST_SPREAD) ** 2
     squares = np.where(there, null**2, 0.0) + floor  # the floor of an undefined repeat is taken out again
     total, count = (squares * there).sum(1, keepdims=True), there.sum(1, keepdims=True)
-    others = np.where(
-        there & (count >= 2), (total - squares) / np.maximum(count - 1, 1), np.nan
-    )  # [n, repeats] mean square of the other repeats
+    # [n, repeats] mean square of the other repeats
+    others = np.where(there & (count >= 2), (total - squares) / np.maximum(count - 1, 1), np.nan)
     null_t = np.sort(np.log(squares / others)[np.isfinite(others)])
     told = known & able
-    t = np.nanmedian(
-        np.log((angle[told, None] ** 2 + floor) / others[told]), axis=1
-    )  # each baseline is of as many repeats as a null value's
+    # against each baseline of as many repeats as a null value's, not against one of all
+    t = np.nanmedian(np.log((angle[told, None] ** 2 + floor) / others[told]), axis=1)
     p[told] = (1 + len(null_t) - np.searchsorted(null_t, t, side="left")) / (1 + len(null_t))
     return p
 

@@ -179,9 +179,11 @@ def _key_figures(store: Store, nodes: Mapping[str, Ref], diff: Artifact) -> Tabl
     if align := _complete(store, nodes, "align"):
         a = align.manifest.figures
         if a.get("average_precision_pair_novelty") is not None:
+            excess = a.get("average_precision_excess")
+            beyond = "" if excess is None else f"{excess:.3f} by what of it is beyond retraining, "
             grid.add_row(
                 "aligned",
-                f"average precision {a['average_precision_pair_novelty']:.3f} by paired novelty, "
+                f"average precision {a['average_precision_pair_novelty']:.3f} by paired novelty, {beyond}"
                 f"{_three(a.get('average_precision_published_x_y'))} by x + y on the same {number(a['pairs'])} pairs",
             )
         if a.get("births_saturated") is False:

@@ -7,8 +7,8 @@ and are put back step by step from none to all of it:
     attribution_i = mean over prompts of  sum_t f_i(x_t) d_i . (1 / n) sum_k dL/dx_t at x_t - (1 - alpha_k) w_t,   alpha_k = (k + 1/2) / n
 
 where what is clamped already is gone from x, so that all of them together make up what clamping the whole pool takes away (completeness). The gradient at the
-untouched x alone ranks worse: attention to the trigger is saturated there, and features that hold it get next to nothing (measured:
-docs/evidence-interventions.md). Log-odds, for log p is flat where the model is sure. Sets grow step by step (`grown`): with some features clamped, others
+untouched x alone has no such sum: where attention to the trigger is saturated, features that hold it get next to nothing of it. Log-odds, for log p is
+flat where the model is sure. Sets grow step by step (`grown`): with some features clamped, others
 take over, which the first attribution cannot know. Sundararajan et al. 2017; for features of a dictionary, Marks et al. 2024 ("Sparse Feature Circuits",
 section 3).
 """

@@ -68,15 +68,7 @@ def compute(spec: ImportSpec, job: Job) -> dict[str, Any]:
     cfg, weights = to_bytes(sae, metadata)
     job.writer.write_bytes(WEIGHTS, weights)
     job.writer.write_bytes(CFG, cfg)
-    norms = sae.decoder_norms()
-    return {
-        "architecture": sae.architecture,
-        "d": sae.d,
-        "features": sae.features,
-        "decoder_norm_mean": float(norms.mean()),
-        "decoder_norm_min": float(norms.min()),
-        "decoder_norm_max": float(norms.max()),
-    }
+    return {"architecture": sae.architecture, "d": sae.d, "features": sae.features, **sae.norm_figures()}
 
 
 def export(artifact: "Artifact", folder: str | Path, store: "Store | None" = None, to: str = "saelens") -> Path:

@@ -3,18 +3,17 @@
 import json
 import warnings
 
+import made
 import pytest
 import torch
+from made import ARCHITECTURES, D, F, dictionary
 
 from stagediff import steps
 from stagediff.errors import UserError
-from stagediff.sae.dictionary import SAE, resolved
+from stagediff.sae.dictionary import SAE
 from stagediff.sae.formats import export, resolve_import
 from stagediff.sae.layout import CFG, WEIGHTS, from_bytes, to_bytes
 from stagediff.sae.spec import Budget, DictionaryConfig, FinetuneSpec, TrainSpec
-
-D, F = 24, 40
-ARCHITECTURES = ("relu", "topk", "batchtopk", "jumprelu")
 
 
 @pytest.fixture(scope="module")
@@ -24,19 +23,8 @@ def sae_lens():
         return pytest.importorskip("sae_lens")
 
 
-def dictionary(architecture: str, scale: float = 0.037, **config) -> SAE:
-    g = torch.Generator().manual_seed(1)
-    config = resolved(DictionaryConfig(architecture=architecture, features=F, k=5, **config), D)
-    threshold = {"jumprelu": torch.rand(F, generator=g), "batchtopk": torch.full((F,), 0.8)}.get(architecture)
-    W_dec = torch.randn(F, D, generator=g)
-    if config.decoder_norm == "unit":
-        W_dec /= W_dec.norm(dim=1, keepdim=True)
-    W_enc = torch.randn(D, F, generator=g) / D**0.5
-    return SAE(W_enc, torch.randn(F, generator=g), W_dec, torch.randn(D, generator=g), config, scale, threshold)
-
-
-def inputs(n: int = 200) -> torch.Tensor:
-    return 30 * torch.randn(n, D, generator=torch.Generator().manual_seed(2)) + 5
+def inputs() -> torch.Tensor:
+    return made.inputs().float()
 
 
 def save(sae: SAE, folder):
