@@ -21,6 +21,7 @@ def both(
     force: list[str] | None = None,
     mode: Mode = "inline",
     pool: str = POOL,
+    jobs: int = 1,
 ) -> str:
     """Runs what is missing of both; returns the report's reference.
 
@@ -29,10 +30,11 @@ def both(
         store: instead of the config's
         device: auto, cpu, cuda or cuda:1
         force: names of steps to compute again, "finetune-D"; what depends on one follows if its bytes changed
-        mode: inline, in this process one after the other; deployments, every step a run of its own
+        mode: inline, in this process; deployments, every step a run of its own
         pool: the work pool of those runs, where the config's `resources` name no other
+        jobs: inline, how many steps to run at a time, each in a process with its share of the cores
     """
-    run = Session(config, store, device=device, force=force or (), mode=mode, pool=pool)
+    run = Session(config, store, device=device, force=force or (), mode=mode, pool=pool, jobs=jobs)
     walk(run)
     stages(run)
     run.rest()

@@ -21,7 +21,7 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not is_run or (record.levelno < logging.ERROR and "Finished in state Failed(" not in record.getMessage())
 
 
-def run_plan(config: dict[str, Any], store: str, *, device: str = "auto", force: tuple[str, ...] = ()) -> None:
+def run_plan(config: dict[str, Any], store: str, *, device: str = "auto", force: tuple[str, ...] = (), jobs: int = 1) -> None:
     """Runs the flow of the config's kind in this process; raises what its steps raise."""
     chosen = "PREFECT_LOGGING_LEVEL" in os.environ
     for name, value in _ENVIRONMENT.items():  # before Prefect is imported: it reads them once
@@ -40,4 +40,4 @@ def run_plan(config: dict[str, Any], store: str, *, device: str = "auto", force:
         for handler in logging.getLogger().handlers:
             handler.addFilter(_is_news)
     flows: dict[str, Flow[..., str]] = {"stagewise": stagewise, "track": track, "both": both}
-    flows[config["kind"]](config=config, store=store, device=device, force=list(force))
+    flows[config["kind"]](config=config, store=store, device=device, force=list(force), jobs=jobs)

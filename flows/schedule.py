@@ -21,7 +21,6 @@ from flows.pools import CPU, GPU, gpus_of, type_of
 from flows.resources import check_variables, job_variables
 from flows.slots import GPUS
 from stagediff.errors import StagediffError, UserError
-from stagediff.plan import Node
 from stagediff.resources import StepResources, resources_of
 from stagediff.spec import Ref
 from stagediff.store import State
@@ -29,14 +28,12 @@ from stagediff.store import State
 if TYPE_CHECKING:
     from flows.session import Session
 
-__all__ = ["AHEAD", "StepsFailedError", "Targets", "run_all"]
+__all__ = ["StepsFailedError", "Targets", "run_all"]
 
 log = logging.getLogger("stagediff")
 
 EVERY = 1.0
 """Seconds between two looks at the children."""
-AHEAD = 2
-"""Where only tables are kept: how many activations may lie in the store or be made before the next ones are started, while anything else runs."""
 TRIES = 3
 """How often a step is started within one run of the pipeline while its artifact does not appear."""
 
@@ -132,7 +129,7 @@ def run_all(session: "Session") -> None:
     failed: dict[Ref, list[Child]] = {}
     started: Counter[Ref] = Counter()
     while True:
-        for node in _startable(session, going, failed):
+        for node in run.startable(going, failed):
             started[node.ref] += 1
             if started[node.ref] > TRIES:
                 raise StepsFailedError(
@@ -178,24 +175,6 @@ def _settle(
     else:
         log.warning("%s: its run is over but its artifact is not complete; starting another", node.name)
     return True
-
-
-def _startable(session: "Session", going: Mapping[Ref, Any], failed: Mapping[Ref, Any]) -> list[Node]:
-    """What to start now. Where bulk data is to go once read, not more of it is made ahead than AHEAD, as long as something else moves."""
-    run = session.steps_run
-    ready = [node for node in run.ready() if node.ref not in going and node.ref not in failed]
-    if session.config.keep != "tables":
-        return ready
-    making = sum(ref.kind == "activations" for ref in going)
-    room = AHEAD - making - run.bulk
-    out: list[Node] = []
-    for node in ready:
-        if node.spec.kind == "activations" and node.ref not in session.plan.kept:
-            if room <= 0 and (going or out):
-                continue
-            room -= 1
-        out.append(node)
-    return out
 
 
 def _told(session: "Session", failed: Mapping[Ref, list[Child]]) -> str:

@@ -1,6 +1,6 @@
 """A run of a plan inside a flow: starts what is missing, in this process or as runs of their own.
 
-inline       one step at a time in the flow's own process: a laptop, tests, `stagediff run`
+inline       in the flow's own process, one step after the other or `jobs` of them side by side: a laptop, tests, `stagediff run`
 deployments  every step a run of its own on a work pool, all whose inputs are there at the same time; the pools hold them back as far as they must
 
 Both ask the store alone what is done, so either continues what the other began.
@@ -12,6 +12,7 @@ from fnmatch import fnmatch
 from typing import Any, Literal
 
 from flows.places import absolute, check_store
+from stagediff import lanes
 from stagediff.config import load_config, make_plan, parse_config
 from stagediff.errors import UserError
 from stagediff.plan import Node, Plan, Run
@@ -28,7 +29,7 @@ POOL = "stagediff"
 class Session:
     """The plan of a config, being run. Calling it with name patterns runs what matches and is missing, in the plan's order.
 
-    With `mode="deployments"` the order follows from what reads what, and `rest()` runs everything at once.
+    With `mode="deployments"`, or `jobs` steps at a time, the order follows from what reads what, and `rest()` runs everything at once.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Session:
         force: Iterable[str] = (),
         mode: Mode = "inline",
         pool: str = POOL,
+        jobs: int = 1,
     ):
         if mode == "deployments":
             logging.getLogger("stagediff").setLevel(logging.INFO)  # Prefect's handler is there, but the level drops what the library says
@@ -47,17 +49,20 @@ class Session:
         check_store(self.config.store)
         self.store = Store(absolute(self.config.store) if mode == "deployments" else self.config.store)
         self.plan: Plan = make_plan(self.config, self.store)
-        self.device, self.mode, self.pool = device, mode, pool
+        self.device, self.mode, self.pool, self.jobs = device, mode, pool, jobs
         self.steps_run = Run(self.plan, self.store, force=self._names(force), keep=self.config.keep)
         self._seen: set[str] = set()
 
     def __call__(self, *patterns: str) -> None:
         """Runs the steps whose names match; a pattern may match nothing (a run on given models makes no organism)."""
-        if self.mode == "deployments":
+        if self.mode == "deployments" or self.jobs > 1:
             return
-        for node in self.plan:
-            if node.name not in self._seen and any(fnmatch(node.name, pattern) for pattern in patterns):
-                self._compute(node)
+        for named in self.plan:
+            if named.name not in self._seen and any(fnmatch(named.name, pattern) for pattern in patterns):
+                self._seen.add(named.name)
+                for node in self.steps_run.due(named):
+                    self._compute(node)
+                    self.steps_run.finished(node)
 
     def rest(self) -> None:
         """Runs what no pattern has named yet: the steps of rooms that extend this kind of run, and the report."""
@@ -65,17 +70,15 @@ class Session:
             from flows.schedule import run_all
 
             run_all(self)
+        elif self.jobs > 1:
+            lanes.execute(self.steps_run, self.jobs, self._compute)
         else:
             self("*")
 
-    def _compute(self, named: Node) -> None:
-        self._seen.add(named.name)
+    def _compute(self, node: Node) -> None:
         report = self.plan["report"].ref if "report" in self.plan else None
-        for node in self.steps_run.due(named):
-            again = self.steps_run.is_forced(node)
-            body = node.spec.model_dump(mode="json")
-            compute(node.name, node.spec.step, body, self.store.root, device=self.device, force=again, report=report)
-            self.steps_run.finished(node)
+        body = node.spec.model_dump(mode="json")
+        compute(node.name, node.spec.step, body, self.store.root, device=self.device, force=self.steps_run.is_forced(node), report=report)
 
     def _names(self, given: Iterable[str]) -> list[str]:
         """The steps' names as the plan has them: whoever types "finetune-d" into a form means finetune-D."""

@@ -1,6 +1,6 @@
 """Plans: every spec of a run, and so every key, before anything runs; and a plain executor for one machine."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,10 @@ from stagediff.progress import Progress
 from stagediff.spec import Ref, Spec
 from stagediff.store import State, Store
 
-__all__ = ["Node", "Plan", "Run", "execute"]
+__all__ = ["AHEAD", "Node", "Plan", "Run", "execute"]
+
+AHEAD = 2
+"""Where only tables are kept: how many activations may lie in the store or be made before the next ones are started, while anything else runs."""
 
 
 @dataclass(frozen=True)
@@ -161,11 +164,42 @@ class Run:
                 held.add(node.ref)
         return ready
 
-    @property
-    def bulk(self) -> int:
-        """How many activations that go again one day lie in the store now."""
-        held = (n.ref for n in self.plan if n.spec.kind == "activations" and n.ref not in self.plan.kept)
-        return sum(self._states[ref] is State.COMPLETE for ref in held)
+    def startable(self, going: Collection[Ref], failed: Collection[Ref] = ()) -> list[Node]:
+        """What to start beside what is `going` or has `failed`; in the plan's order.
+
+        Where bulk data is to go once read, not more of it is made ahead than AHEAD, as long as something else moves.
+        """
+        ready = [node for node in self.ready() if node.ref not in going and node.ref not in failed]
+        if self.keep != "tables":
+            return ready
+        held = (n.ref for n in self.plan if self._goes(n))
+        room = AHEAD - sum(ref.kind == "activations" for ref in going) - sum(self._states[ref] is State.COMPLETE for ref in held)
+        out: list[Node] = []
+        for node in ready:
+            if self._goes(node):
+                if room <= 0 and (going or out):
+                    continue
+                room -= 1
+            out.append(node)
+        return out
+
+    def _goes(self, node: Node) -> bool:
+        """Whether it is bulk data that goes again one day."""
+        return node.spec.kind == "activations" and node.ref not in self.plan.kept
+
+    def urgent(self, nodes: Iterable[Node]) -> list[Node]:
+        """By how many steps have to follow one after the other, most first: what hangs at the side does not hold up the longest chain."""
+        return sorted(nodes, key=lambda node: -self._ahead[node.ref])
+
+    @cached_property
+    def _ahead(self) -> dict[Ref, int]:
+        """The length of the longest chain that begins with each step."""
+        length: dict[Ref, int] = {}
+        for node in reversed(self.plan.nodes):
+            own = length.setdefault(node.ref, 1)
+            for ref in node.spec.refs():
+                length[ref] = max(length.get(ref, 1), own + 1)
+        return length
 
     @property
     def is_done(self) -> bool:

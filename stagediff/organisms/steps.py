@@ -8,7 +8,7 @@ register(
         "organism",
         spec.OrganismSpec,
         "stagediff.organisms.base:compute",
-        Resources(gpus=1),
+        Resources(gpus=1, alone=True),
         estimate="stagediff.organisms.estimate:organism",
         check="stagediff.organisms.base:check",
     )

@@ -1,5 +1,6 @@
 """The Prefect flow: runs the whole plan, skips what is there, tries faults of the moment again."""
 
+import os
 import shutil
 
 import pytest
@@ -65,3 +66,15 @@ def recording(function, names):
         return function(spec, *args, **kwargs)
 
     return run
+
+
+def test_two_steps_at_a_time(finished_run, tmp_path):
+    plan, store = finished_run
+    shutil.copytree(store.root, tmp_path / "copy")
+    copy = Store(tmp_path / "copy")
+    gone = [plan[name] for name in ("finetune-D", "finetune-M", "diff")]
+    for node in gone:
+        copy.remove(node.ref)
+    assert stagewise(tiny_config(copy.root), device="cpu", jobs=2) == plan["report"].ref
+    threads = {node.name: copy.artifact(node.ref).manifest.numerics["threads"] for node in gone}
+    assert set(threads.values()) == {max(1, (os.cpu_count() or 1) // 2)}
