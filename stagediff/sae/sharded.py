@@ -87,7 +87,7 @@ class Shards(Team):
 
     def own(self, sae: SAE) -> SAE:
         """This rank's features."""
-        parts = {name: self._part(name, getattr(sae, name), self.rank).clone() for name in ("W_enc", "b_enc", "W_dec")}
+        parts: dict[str, Any] = {name: self._part(name, getattr(sae, name), self.rank).clone() for name in ("W_enc", "b_enc", "W_dec")}
         threshold = None if sae.threshold is None else self._part("threshold", sae.threshold, self.rank).clone()
         return replace(sae, **parts, threshold=threshold)
 
@@ -195,7 +195,7 @@ class Shards(Team):
     def dictionary(self, trainer: "Trainer") -> SAE | None:
         own = trainer.dictionary()
         names = [name for name in ("W_enc", "b_enc", "W_dec", "threshold") if getattr(own, name) is not None]
-        found = self.whole({name: getattr(own, name) for name in names})
+        found: dict[str, Any] = dict(self.whole({name: getattr(own, name) for name in names}))
         return replace(own, **found, b_dec=own.b_dec.cpu()) if self.rank == 0 else None
 
     def _gathered(self, name: str, own: Tensor) -> Tensor | None:

@@ -6,6 +6,7 @@ the device: figures stay tensors until someone reads them. The state round-trips
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +69,8 @@ class Trainer:
             self._engine = sparse.Engine(parameters, s.config, budget, compute, kernels or choose(device, compute), shards)
         self.parameters = self._engine.parameters
         # Not a second copy of what the engine may hold in another order.
-        self._sae = replace(s, **{name: self.parameters[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")})
+        held: dict[str, Any] = {name: self.parameters[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+        self._sae = replace(s, **held)
         self._anchor = anchor
         self._home = {name: parameter.clone() for name, parameter in self.parameters.items()} if anchor else {}
         self._smallest = (
