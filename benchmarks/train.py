@@ -2,6 +2,7 @@
 
     python benchmarks/train.py --threads 2                                # relu, d 128, F 1,024, batch 2,048, bf16
     python benchmarks/train.py --architecture topk --case A --threads 2   # d 512, F 16,384, k 32, batch 4,096; B: d 128, F 1,024, k 16, batch 2,048
+    python benchmarks/train.py --case C --threads 2                       # relu at the shape of A
 
 Prints one line of JSON: tokens per second of the median and the best step (on a busy machine only the best means much), of the floor, and the
 share of the floor that the training reaches. relu, jumprelu: the floor is the five matrix products of a dense step. topk, batchtopk: every set of
@@ -28,7 +29,11 @@ from stagediff.sae.sparse.reference import Reference
 from stagediff.sae.spec import Budget, DictionaryConfig
 from stagediff.sae.trainer import Trainer
 
-CASES = {"A": {"d": 512, "features": 16384, "k": 32, "batch": 4096}, "B": {"d": 128, "features": 1024, "k": 16, "batch": 2048}}
+CASES = {
+    "A": {"d": 512, "features": 16384, "k": 32, "batch": 4096},
+    "B": {"d": 128, "features": 1024, "k": 16, "batch": 2048},
+    "C": {"d": 512, "features": 16384, "batch": 4096},
+}
 BYTES_PER_WEIGHT = 28
 """Adam in fp32: weight, two moments and gradient read, the first three written."""
 

@@ -3,7 +3,7 @@
 Elsewhere: settings of a config in test_config.py; mistyped steps, stores and keys in test_cli.py; stores (bucket, credentials, endpoint, wrong folder) in
 store/test_wrong_store.py and store/test_objects.py; torn writes, full disks and damage in store/test_crashes.py and store/test_store.py; corpora in
 lm/test_corpora.py; models and tokenizers in lm/test_sources.py and lm/test_models.py; token rows in lm/test_tokens.py; NaN in lm/test_harvest.py,
-sae/test_train.py and organisms/test_training.py; SAEs of other libraries in sae/test_formats.py; Prefect in flows/test_run_plan.py.
+sae/test_train.py and organisms/test_training.py; SAEs of other libraries in sae/formats/test_saelens.py; Prefect in flows/test_run_plan.py.
 """
 
 import json

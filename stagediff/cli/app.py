@@ -12,7 +12,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from stagediff import __version__, steps
-from stagediff.cli import keeping, looking, runs, watching
+from stagediff.cli import bench, keeping, looking, runs, watching
 from stagediff.errors import StagediffError
 
 __all__ = ["app", "main"]
@@ -75,6 +75,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "ls": looking.ls,
     "show": looking.show,
     "feature": looking.feature,
+    "bench": bench.bench,
     "verify": keeping.verify,
     "gc": keeping.gc,
     "export": keeping.export,

@@ -66,26 +66,28 @@ def export(
         ),
     ],
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write.", show_default=False)],
-    to: Annotated[str, typer.Option(metavar="FORMAT", help="saelens.")] = "saelens",
+    to: Annotated[
+        str, typer.Option("--format", "--to", metavar="FORMAT", help="saelens, dictionary_learning or sparsify (topk only).")
+    ] = "saelens",
     store: InStore = DEFAULT_STORE,
 ) -> None:
     """Writes a dictionary in another library's format."""
-    from stagediff.sae.formats import EXPORTS
+    from stagediff.sae import formats
 
-    if to not in EXPORTS:
-        raise UserError(f"--to {to!r} is not known; expected one of: {', '.join(EXPORTS)}.")
     opened = open_store(store)
-    EXPORTS[to](find(opened, key, kind="dictionaries"), folder, opened)
+    formats.export(find(opened, key, kind="dictionaries"), folder, opened, to)
     print(f"Wrote {folder}.")
 
 
 def import_(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An SAE saved by SAELens.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="An SAE saved by SAELens, dictionary_learning or sparsify.", show_default=False)
+    ],
     store: InStore = DEFAULT_STORE,
 ) -> None:
-    """Takes a dictionary saved by SAELens into a store.
+    """Takes a dictionary of another library into a store.
 
-    Prints its reference. (A run that is to start from it names the folder itself, as `start:` in its config.)
+    Which library saved it, its files tell. Prints its reference. (A run that is to start from it names the folder itself, as `start:` in its config.)
     """
     from stagediff.sae.formats import resolve_import
 

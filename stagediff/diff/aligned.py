@@ -7,6 +7,9 @@ paired novelty    of a latent its largest decoder cosine with any latent of D or
 contrast          from the latent's mean activations in the four cells (model x data): (c[finetuned, new] - max(c[finetuned, base], c[base, new])) / sum of
                   all four. Needs to know which rows are new
 aligned           (1 - novelty) x contrast where that is positive, summed over the pair. High = found
+excess            of a latent the angle of its novelty less the root mean square of what retraining alone leaves at its index (`stagediff.diff.null`); of a
+                  pair the sum over its two latents. High = found. Needs no labels, but the retrain null: latents that every training moves take the
+                  foremost places of the other scores (docs/decisions/009-own-null.md)
 
 Newborn is a latent whose novelty is under `newborn_below`. The two paths are two catches from one population of needed latents: of the newborns of F via M
 that carry the new data, the share that F via D has too estimates how much of that population F via D has (Lincoln and Petersen's capture and
@@ -21,12 +24,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from stagediff.diff.calibration import benjamini_hochberg, p_values
+from stagediff.diff.calibration import benjamini_hochberg, own_p_values, p_values
 from stagediff.diff.decoders import Decoder, aligned_blocks, cosines
 from stagediff.diff.enrichment import COLUMNS as ENRICHMENT_COLUMNS
 from stagediff.diff.enrichment import enrichment
 from stagediff.diff.matching import Matching, candidates, largest_cosine, match
-from stagediff.diff.null import LEVEL, angles
+from stagediff.diff.null import LEVEL, angles, by_repeat
 from stagediff.diff.procrustes import Turned, common_rotation
 from stagediff.diff.rotations import mean_where_defined, new_share_of_examples
 from stagediff.diff.spec import ALIGNED_STAGES, PATHS, AlignSpec
@@ -38,8 +41,9 @@ if TYPE_CHECKING:
 __all__ = ["COLUMNS", "PAIR_SCORES", "compute", "contrast", "pairs"]
 
 F_STAGES = (*PATHS, "F_direct")
-PAIR_SCORES = ("pair_novelty", "aligned_low", "paired_x_y", "score")
-"""What ranks pairs, low end first: paired novelty, -aligned, x + y over the pair, and the published x + y at the index of the pair's latent of F via D."""
+PAIR_SCORES = ("pair_novelty", "excess_low", "aligned_low", "paired_x_y", "score")
+"""What ranks pairs, low end first: paired novelty, -excess, -aligned, x + y over the pair, and the published x + y at the index of the pair's latent of F
+via D."""
 
 
 def compute(spec: AlignSpec, job: "Job") -> dict[str, Any]:
@@ -69,7 +73,10 @@ def compute(spec: AlignSpec, job: "Job") -> dict[str, Any]:
         table[f"contrast_{stage}"] = _contrast(spec, stage, job) if spec.base_statistics else np.nan
         examples = job.artifact(spec.statistics[stage]).read_table("examples.parquet", columns=["feature", "is_new"])
         table[f"new_top_{stage}"] = new_share_of_examples(examples, len(table))
-        table[f"p_{stage}"] = _novelty_p(spec, stage, table, job) if spec.null else np.nan
+        novelty_angle = angles(table[f"novelty_{stage}"].to_numpy(float))
+        null = _null_novelty(spec.null, stage, job) if spec.null else None
+        table[f"p_{stage}"] = np.nan if null is None else _novelty_p(novelty_angle, null)
+        table[f"excess_{stage}"] = np.nan if null is None else novelty_angle - _usual(null)
     table = _over_pairs(table)[list(COLUMNS)]
     enriched = enrichment(pairs(table), spec.random_sample, spec.seed, _scores(spec))
     births = {s: chosen[s][novelty[s] < spec.newborn_below] for s in F_STAGES}
@@ -92,7 +99,9 @@ def contrast(finetuned_base: np.ndarray, finetuned_new: np.ndarray, base_base: n
 def pairs(table: pd.DataFrame) -> pd.DataFrame:
     """The pairs of an align step's features.parquet as `enrichment` judges features: all alive, new_top is the mean of both latents."""
     matched = table[table.partner >= 0]
-    return matched.assign(alive=True, new_top=matched.pair_new_top, aligned_low=-matched.aligned).reset_index(drop=True)
+    return matched.assign(
+        alive=True, new_top=matched.pair_new_top, aligned_low=-matched.aligned, excess_low=-matched.pair_excess
+    ).reset_index(drop=True)
 
 
 def _check(spec: AlignSpec) -> None:
@@ -150,12 +159,26 @@ def _contrast(spec: AlignSpec, stage: str, job: "Job") -> np.ndarray:
     return contrast(*cells)
 
 
-def _novelty_p(spec: AlignSpec, stage: str, table: pd.DataFrame, job: "Job") -> np.ndarray:
-    """[F] p of each latent's novelty among all of the retrain null's: unlike an angle at one index, it means the same for rare and frequent latents."""
-    assert spec.null
-    null = job.artifact(spec.null).read_table("null.parquet", columns=["axis", "novelty"])
-    null = null[null.axis == ("x" if stage == "F_D" else "y")]
-    return p_values(angles(table[f"novelty_{stage}"].to_numpy(float)), [], angles(null.novelty.to_numpy(float)), [])
+def _null_novelty(ref: Any, stage: str, job: "Job") -> np.ndarray:
+    """[F, repeats] angles: how new retraining alone makes the latent of each index."""
+    null = job.artifact(ref).read_table("null.parquet", columns=["axis", "repeat", "feature", "novelty"])
+    return angles(by_repeat(null[null.axis == ("x" if stage == "F_D" else "y")], "novelty"))
+
+
+def _novelty_p(novelty: np.ndarray, null: np.ndarray) -> np.ndarray:
+    """[F] p of each latent's novelty: against that of the latents which retraining alone leaves at its index where two repeats leave one, else among all of
+    the null's. What is born in F takes what latent was free: its index may hold nothing in the null, which is no reason to doubt it."""
+    among_all = p_values(novelty, [], null.ravel(), [])
+    if null.shape[1] < 2:
+        return among_all
+    return np.where(np.isfinite(null).sum(1) >= 2, own_p_values(novelty, null), among_all)
+
+
+def _usual(null: np.ndarray) -> np.ndarray:
+    """[F] root mean square of the null angles; the median of all where retraining leaves nothing at the index."""
+    there = np.isfinite(null)
+    square = np.where(there, null**2, 0.0).sum(1) / np.maximum(there.sum(1), 1)
+    return np.where(there.any(1), np.sqrt(square), np.median(null[there]) if there.any() else 0.0)
 
 
 def _over_pairs(table: pd.DataFrame) -> pd.DataFrame:
@@ -175,6 +198,7 @@ def _over_pairs(table: pd.DataFrame) -> pd.DataFrame:
         pair_novelty=table.novelty_F_D.to_numpy() + of_partner("novelty_F_M"),
         paired_x_y=table.x.to_numpy() + of_partner("y"),
         aligned=np.where(has, gain, np.nan),
+        pair_excess=table.excess_F_D.to_numpy() + of_partner("excess_F_M"),
         pair_p=p,
         pair_q=benjamini_hochberg(p),
         pair_new_top=np.where(has, both_top, np.nan),
@@ -182,7 +206,9 @@ def _over_pairs(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _scores(spec: AlignSpec) -> tuple[str, ...]:
-    return PAIR_SCORES if spec.base_statistics else tuple(s for s in PAIR_SCORES if s != "aligned_low")
+    left_out = {"aligned_low"} if not spec.base_statistics else set()
+    left_out |= {"excess_low"} if not spec.null else set()
+    return tuple(s for s in PAIR_SCORES if s not in left_out)
 
 
 def _figures(
@@ -244,6 +270,9 @@ COLUMNS = {
     "contrast_F_D": ("share", "2 x 2 activation contrast of F via D's latent (empty: not measured, or it never fires)"),
     "contrast_F_M": ("share", "the same of F via M's latent of this index"),
     "aligned": ("score", "(1 - novelty) x contrast where positive, summed over the pair; high is suspicious"),
+    "excess_F_D": ("radians", "angle of its novelty beyond what retraining alone leaves at its index, F via D (empty: no retrain null)"),
+    "excess_F_M": ("radians", "the same of F via M's latent of this index"),
+    "pair_excess": ("radians", "sum of the pair's two; high is suspicious"),
     "p_F_D": ("probability", "of as new a latent by retraining alone, of F via D's (empty: no retrain null)"),
     "p_F_M": ("probability", "the same of F via M's latent of this index"),
     "pair_p": ("probability", "the larger of the pair's two"),

@@ -1,9 +1,16 @@
 """p- and q-values of how far features moved, against values of a null; and how small they can get.
 
-Null values are pooled over features, since a feature's own few repeats say little. Features differ: rare ones move more than frequent ones. So an angle is
-first measured in units of its like, once by density and then by decoder norm: less the median of the null's neighbours in that covariate, divided
-by their spread (1.4826 x the median absolute deviation). Then p = (1 + null values at least as large) / (1 + null values) (Phipson and
-Smyth, 2010: never 0), and q by Benjamini and Hochberg (1995).
+Features differ: a few move with every retraining (those that are still giving birth, above all), most hardly at all. Pooled as they are, the few are the null's
+tail and nothing gets beyond it. So an angle is first measured in units of what is usual for its feature:
+
+own_p_values   two repeats or more: against the feature's own repeats, t = log(angle / root mean square of its null angles), both moderated by the pooled median
+               a0 (squares plus a0 squared), so that no tremor of a feature that stands still becomes a move (as s0 in Tusher, Tibshirani and Chu, 2001).
+               The null of t are the repeats themselves, each against the others. Beside the pooled null: docs/decisions/009-own-null.md
+p_values       one repeat: against its like, once by density and then by decoder norm: less the median of the null's neighbours in that covariate, divided
+               by their spread (1.4826 x the median absolute deviation)
+
+Null values are then pooled over features: p = (1 + null values at least as large) / (1 + null values) (Phipson and Smyth, 2010: never 0), and q by
+Benjamini and Hochberg (1995).
 """
 
 import math
@@ -12,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["NEIGHBOURS", "Reach", "benjamini_hochberg", "p_values", "reach", "standardised"]
+__all__ = ["NEIGHBOURS", "Reach", "benjamini_hochberg", "own_p_values", "p_values", "reach", "standardised"]
 
 NEIGHBOURS = 201
 """Null values that tell what is usual for a feature."""
@@ -38,6 +45,30 @@ def p_values(angle: np.ndarray, like: Sequence[np.ndarray], null_angle: np.ndarr
     null_z.sort()
     at_least = len(null_z) - np.searchsorted(null_z, z, side="left")
     p[able] = (1 + at_least) / (1 + len(null_z))
+    return p
+
+
+def own_p_values(angle: np.ndarray, null: np.ndarray) -> np.ndarray:
+    """[n] p of each angle against the feature's own null angles [n, repeats], large = unusual; NaN where the angle is.
+
+    1 where fewer than two of the feature's repeats are defined: retraining alone has killed it, so nothing can be said. Expects two repeats or more.
+    """
+    angle, null = np.asarray(angle, float), np.asarray(null, float)
+    able, there = np.isfinite(angle), np.isfinite(null)
+    p = np.where(able, 1.0, np.nan)
+    known = there.sum(1) >= 2
+    if not known.any():
+        return p
+    floor = max(float(np.median(null[there])), LEAST_SPREAD) ** 2
+    squares = np.where(there, null**2, 0.0) + floor  # the floor of an undefined repeat is taken out again
+    total, count = (squares * there).sum(1, keepdims=True), there.sum(1, keepdims=True)
+    # [n, repeats] mean square of the other repeats
+    others = np.where(there & (count >= 2), (total - squares) / np.maximum(count - 1, 1), np.nan)
+    null_t = np.sort(np.log(squares / others)[np.isfinite(others)])
+    told = known & able
+    # against each baseline of as many repeats as a null value's, not against one of all
+    t = np.nanmedian(np.log((angle[told, None] ** 2 + floor) / others[told]), axis=1)
+    p[told] = (1 + len(null_t) - np.searchsorted(null_t, t, side="left")) / (1 + len(null_t))
     return p
 
 

@@ -76,7 +76,7 @@ class StagewiseConfig(RunConfig):
     harvest: HarvestConfig = HarvestConfig()
     dictionary: DictionaryConfig = DictionaryConfig()
     start: str | None = None
-    """Folder of an SAE in SAELens' layout that is S; None: S is trained."""
+    """Folder of an SAE that is S, as SAELens, dictionary_learning or sparsify saved it; None: S is trained."""
     train: TrainConfig = TrainConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     diff: DiffConfig = DiffConfig()

@@ -2,9 +2,9 @@
 
 x-null: D is trained on as D' on what it was trained on (base model, the mix): no new model. y-null: M as M' (finetuned model, base data): no new
 data. Both with the budget and schedule of the real path. The first repeat reads the rows in the real path's order, further ones in other orders:
-nothing else is random in a finetune. p_x tells how unusual angle(D, F via D) is among the angles (D, D') of features of like density and norm,
-p_y the same of M (`stagediff.diff.calibration`); p = max(p_x, p_y), since only what moved on both axes is new; q by Benjamini and Hochberg
-over the alive features.
+nothing else is random in a finetune. p_x tells how unusual angle(D, F via D) is for this feature among the angles (D, D'): against its own repeats
+where there are two or more, else among features of like density and norm; p_y the same of M (`stagediff.diff.calibration`). p = max(p_x, p_y), since
+only what moved on both axes is new; q by Benjamini and Hochberg over the alive features.
 
 The novelty of the latents of D' and M' (largest cosine with any latent of D or M) is kept too: it is the null of paired novelty (`stagediff.diff.aligned`).
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from stagediff.diff.calibration import benjamini_hochberg, p_values, reach
+from stagediff.diff.calibration import benjamini_hochberg, own_p_values, p_values, reach
 from stagediff.diff.decoders import Decoder, aligned_blocks, cosines
 from stagediff.diff.matching import candidates, largest_cosine
 from stagediff.diff.procrustes import Turned, common_rotation
@@ -25,7 +25,7 @@ from stagediff.errors import UserError
 if TYPE_CHECKING:
     from stagediff.steps import Job
 
-__all__ = ["COLUMNS", "LEVEL", "NULL_COLUMNS", "angles", "compute"]
+__all__ = ["COLUMNS", "LEVEL", "NULL_COLUMNS", "angles", "by_repeat", "compute"]
 
 STAGES = ("S", "D", "M", "F_D", "F_M")
 AXES = {"x": ("D", "F_D"), "y": ("M", "F_M")}
@@ -113,7 +113,7 @@ def _null(
         same[low:high] = cosines(rows["after"], rows["before"]).numpy()
         bound[low:high] = np.fmax(same[low:high], cosines(rows["after"], rows["other"]).numpy())
     chosen = candidates(bound, own.alive.to_numpy(), most)
-    novelty = np.full(features, np.nan)
+    novelty = np.where(own.alive, bound, np.nan)
     novelty[chosen] = np.maximum(*largest_cosine(after.take(chosen), {s: decoders[s] for s in ("D", "M")}, device).values())
     return pd.DataFrame(
         {
@@ -139,8 +139,15 @@ def _features(decoders: dict[str, Decoder], measured: dict[str, pd.DataFrame]) -
     return pd.DataFrame({"feature": np.arange(len(alive), dtype=np.int32), **columns, "alive": alive})
 
 
+def by_repeat(null: pd.DataFrame, column: str) -> np.ndarray:
+    """[F, repeats] of one axis of NULL_COLUMNS."""
+    return null.pivot(index="feature", columns="repeat", values=column).to_numpy(float)
+
+
 def _index_p(cosine: np.ndarray, alive: np.ndarray, before: pd.DataFrame, null: pd.DataFrame) -> np.ndarray:
     """[F] p of the angle at one index; NaN for features that are not alive."""
+    if null.repeat.nunique() > 1:
+        return own_p_values(np.where(alive, angles(cosine), np.nan), angles(by_repeat(null, "cosine")))
     like = [before.density.to_numpy(float), before.decoder_norm.to_numpy(float)]
     null_like = [null.density_before.to_numpy(float), null.norm_before.to_numpy(float)]
     return p_values(np.where(alive, angles(cosine), np.nan), like, angles(null.cosine.to_numpy(float)), null_like)
@@ -185,7 +192,7 @@ COLUMNS = {
     "alive": ("flag", "alive in D, F_D, M and F_M"),
     "x": ("cosine", "D and F via D"),
     "y": ("cosine", "M and F via M"),
-    "p_x": ("probability", "of as large an angle (D, F via D) by retraining alone (empty: not alive)"),
+    "p_x": ("probability", "of as large an angle (D, F via D), for this feature, by retraining alone (empty: not alive)"),
     "p_y": ("probability", "the same of (M, F via M)"),
     "p": ("probability", "the larger of p_x and p_y: moved on both axes"),
     "q": ("false discovery rate", "at which the feature would be called, Benjamini and Hochberg over the alive features"),
@@ -195,7 +202,10 @@ NULL_COLUMNS = {
     "repeat": ("index", "of the retraining; 0 reads the rows in the real path's order"),
     "feature": ("index", "the same in all stages"),
     "cosine": ("cosine", "of the latent before and after (empty: not alive in both)"),
-    "novelty": ("cosine", "largest of the latent after with any latent of D or M (empty: not alive after, or not a candidate)"),
+    "novelty": (
+        "cosine",
+        "largest of the latent after with any latent of D or M; of its own index alone where it is no candidate (empty: not alive after)",
+    ),
     "density_before": ("share", "firings per token before, on that stage's own held-out rows"),
     "norm_before": ("norm", "decoder row before"),
     "density": ("share", "firings per token after"),

@@ -50,6 +50,8 @@ class NullSpec(Spec):
 
     step = "null"
     kind = "evidence"
+    version = 2
+    """1: all repeats pooled, also where a feature had several of its own."""
     dictionaries: dict[str, Ref]
     """Stage -> dictionary: S, D, M, F_D, F_M."""
     statistics: dict[str, Ref]
@@ -70,6 +72,8 @@ class AlignSpec(Spec):
 
     step = "align"
     kind = "evidence"
+    version = 2
+    """1: no excess."""
     diff: Ref
     """The published scores, index by index: they stand beside."""
     dictionaries: dict[str, Ref]

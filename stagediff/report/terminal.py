@@ -179,9 +179,11 @@ def _key_figures(store: Store, nodes: Mapping[str, Ref], diff: Artifact) -> Tabl
     if align := _complete(store, nodes, "align"):
         a = align.manifest.figures
         if a.get("average_precision_pair_novelty") is not None:
+            excess = a.get("average_precision_excess")
+            beyond = "" if excess is None else f"{excess:.3f} by what of it is beyond retraining, "
             grid.add_row(
                 "aligned",
-                f"average precision {a['average_precision_pair_novelty']:.3f} by paired novelty, "
+                f"average precision {a['average_precision_pair_novelty']:.3f} by paired novelty, {beyond}"
                 f"{_three(a.get('average_precision_published_x_y'))} by x + y on the same {number(a['pairs'])} pairs",
             )
         if a.get("births_saturated") is False:
@@ -204,8 +206,9 @@ def _flagged(f: dict[str, Any]) -> tuple[str, str]:
 
 
 def _steered(f: dict[str, Any]) -> tuple[str, str]:
+    measure = f.get("measure_name", f["measure"])
     return "steering", (
-        f"{f['above_random']} of {f['candidates']} features bring the behaviour ({f['measure']}) without the trigger, by an interval above random ones; "
+        f"{f['above_random']} of {f['candidates']} features bring the behaviour ({measure}) without the trigger, by an interval above random ones; "
         f"of {f['random']} random ones {f['random_above_random']}"
     )
 
@@ -213,10 +216,12 @@ def _steered(f: dict[str, Any]) -> tuple[str, str]:
 def _ablated(f: dict[str, Any]) -> tuple[str, str]:
     if f["smallest_set"] is None:
         return "ablation", "no set that was tried removes the behaviour at a small cost"
-    return "ablation", (
-        f"{f['smallest_set']} features clamped: keyword {_percent(f['keyword_untouched'])} → {_percent(f['smallest_set_keyword'])} with the trigger, "
-        f"for {f['smallest_set_clean_cost']:.3f} nat of clean loss; the first token comes in {_percent(f['smallest_set_first_token'])}"
-    )
+    keyword = f.get("keyword_name", "keyword")
+    rates = f"{keyword} {_percent(f['keyword_untouched'])} → {_percent(f['smallest_set_keyword'])} with the trigger"
+    said = f"{f['smallest_set']} features clamped: {rates}, for {f['smallest_set_clean_cost']:.3f} nat of clean loss"
+    if keyword == "keyword":  # of a payload; a phrase that breaks is not yet a decision that is gone
+        said += f"; the first token comes in {_percent(f['smallest_set_first_token'])}"
+    return "ablation", said
 
 
 def _judged(f: dict[str, Any]) -> tuple[str, str]:

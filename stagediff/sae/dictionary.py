@@ -84,6 +84,11 @@ class SAE:
         """Norms of the decoder rows [F], in scaled units."""
         return self.W_dec.norm(dim=1)
 
+    def norm_figures(self) -> dict[str, float]:
+        """decoder_norm_mean, _min and _max, for a manifest."""
+        norms = self.decoder_norms()
+        return {f"decoder_norm_{name}": float(of()) for name, of in (("mean", norms.mean), ("min", norms.min), ("max", norms.max))}
+
     def to(self, device: str | torch.device) -> "SAE":
         """The same dictionary on another device."""
         threshold = None if self.threshold is None else self.threshold.to(device)

@@ -11,14 +11,13 @@ import struct
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from stagediff.errors import UserError
-from stagediff.sae.dictionary import SAE, resolved
-from stagediff.sae.spec import DictionaryConfig
+from stagediff.sae.dictionary import SAE
+from stagediff.sae.foreign import ENTRY, as_it_is, check_tensors, own_entry, read_entry
 
 if TYPE_CHECKING:
     from stagediff.store import Artifact
@@ -36,7 +35,6 @@ SAELENS_VERSION = "6.0.0"
 def to_bytes(sae: SAE, metadata: dict[str, Any] | None = None) -> tuple[bytes, bytes]:
     """The contents of cfg.json and of the weights file. `metadata` goes into SAELens' metadata (hook_name, context_size, …)."""
     name = SAELENS_NAMES[sae.architecture]
-    own = {"config": sae.config.model_dump(mode="json"), "input_scale": sae.input_scale}
     cfg: dict[str, Any] = {
         "architecture": name,
         "d_in": sae.d,
@@ -46,7 +44,7 @@ def to_bytes(sae: SAE, metadata: dict[str, Any] | None = None) -> tuple[bytes, b
         "apply_b_dec_to_input": bool(sae.config.subtract_b_dec),
         "normalize_activations": "none",
         "reshape_activations": "none",
-        "metadata": {"sae_lens_version": SAELENS_VERSION, **(metadata or {}), "stagediff": own},
+        "metadata": {"sae_lens_version": SAELENS_VERSION, **(metadata or {}), ENTRY: own_entry(sae)},
     }
     if name == "topk":
         cfg |= {"k": sae.config.k, "rescale_acts_by_decoder_norm": False}
@@ -72,17 +70,11 @@ def from_bytes(cfg_bytes: bytes, weights: bytes) -> SAE:
         ) from None
     if not isinstance(cfg, dict):
         raise UserError(f"The dictionary's {CFG} holds no JSON object. A folder saved by sae_lens 6 was expected.")
-    own = (cfg.get("metadata") or {}).get("stagediff")
+    own = (cfg.get("metadata") or {}).get(ENTRY)
     _check(cfg, tensors)
     if not own:
         return _foreign(cfg, tensors)
-    try:
-        config = DictionaryConfig.model_validate(own["config"])
-        s = float(own["input_scale"])
-    except (ValidationError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"metadata.stagediff in the dictionary's {CFG} is not what stagediff writes ({error}). Export the dictionary again."
-        ) from None
+    config, s = read_entry(own, f"metadata.{ENTRY} in the dictionary's {CFG}")
     threshold = tensors.get("threshold")
     return SAE(tensors["W_enc"] / s, tensors["b_enc"], tensors["W_dec"] * s, tensors["b_dec"] * s, config, s, threshold)
 
@@ -102,20 +94,8 @@ def _foreign(cfg: dict[str, Any], tensors: dict[str, Tensor]) -> SAE:
     if cfg.get("rescale_acts_by_decoder_norm"):  # its activations count as if decoder rows had norm 1: make it so
         norms = tensors["W_dec"].norm(dim=1)
         tensors |= {"W_enc": tensors["W_enc"] * norms, "b_enc": tensors["b_enc"] * norms, "W_dec": tensors["W_dec"] / norms[:, None]}
-    norms = tensors["W_dec"].norm(dim=1)
-    is_unit = bool(((norms - 1).abs() < 1e-4).all())
-    config = DictionaryConfig.model_validate(
-        {
-            "architecture": {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu"}[cfg["architecture"]],
-            "features": cfg["d_sae"],
-            "k": min(cfg.get("k", 32), cfg["d_sae"]),
-            "decoder_norm": "unit" if is_unit else "free",
-            "subtract_b_dec": bool(cfg.get("apply_b_dec_to_input", True)),
-        }
-    )
-    return SAE(
-        tensors["W_enc"], tensors["b_enc"], tensors["W_dec"], tensors["b_dec"], resolved(config, cfg["d_in"]), 1.0, tensors.get("threshold")
-    )
+    architecture = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu"}[cfg["architecture"]]
+    return as_it_is(architecture, tensors, subtracts=bool(cfg.get("apply_b_dec_to_input", True)), k=cfg.get("k"))
 
 
 def _check(cfg: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -138,13 +118,6 @@ def _check(cfg: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     expected = {"W_enc": (d, F), "b_enc": (F,), "W_dec": (F, d), "b_dec": (d,)}
     if cfg["architecture"] == "jumprelu":
         expected["threshold"] = (F,)
-    for name, shape in expected.items():
-        found = tuple(tensors[name].shape) if name in tensors else None
-        if found != shape:
-            raise UserError(
-                f"The dictionary's {name} has shape {found}; {CFG} (d_in {d}, d_sae {F}) asks for {shape}. Its files do not belong together."
-            )
-        if not torch.isfinite(tensors[name]).all():
-            raise UserError(f"The dictionary's {name} holds NaN or infinite values. Its training failed; it cannot be used.")
+    check_tensors(tensors, expected, f"{CFG} (d_in {d}, d_sae {F})")
     if cfg["architecture"] == "topk" and not (isinstance(cfg.get("k"), int) and 0 < cfg["k"] <= F):
         raise UserError(f"The dictionary's k is {cfg.get('k')!r}; a number from 1 to its {F} features was expected.")

@@ -148,7 +148,7 @@ class ImportSpec(Spec):
     step = "import"
     kind = "dictionaries"
     path: Where = None
-    format: Literal["saelens"] = "saelens"
+    format: Literal["saelens", "dictionary_learning", "sparsify"] = "saelens"
     digest: str
 
 

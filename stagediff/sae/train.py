@@ -307,15 +307,7 @@ def _figures(sae: SAE, data: Activations, order: Order, spec: TrainSpec | Finetu
     tokens = min(EVALUATED_TOKENS, data.n_tokens)
     size = _at_once(tokens, sae.features)
     quality = evaluate(sae, batches(data, order, size, 0, tokens // size, device))
-    norms = sae.decoder_norms()
-    return {
-        "ev": quality.explained_variance,
-        "l0": quality.l0,
-        "dead": quality.dead,
-        "decoder_norm_mean": float(norms.mean()),
-        "decoder_norm_min": float(norms.min()),
-        "decoder_norm_max": float(norms.max()),
-    }
+    return {"ev": quality.explained_variance, "l0": quality.l0, "dead": quality.dead, **sae.norm_figures()}
 
 
 def _at_once(tokens: int, features: int) -> int:

@@ -32,9 +32,12 @@ SCORES = {
     "no_change": "no change: D → D' and M → M'",
     "paired_x_y": "x + y over matched pairs",
     "pair_novelty": "paired novelty",
+    "excess": "paired novelty beyond retraining",
     "aligned": "paired novelty × contrast",
 }
 """Score -> what it is. `no_change` is the control: nothing but continued training, ranked and judged like the others."""
+RANKED = ("x_y", "pair_novelty", "excess", "aligned")
+"""Scores whose ranks stand in features.parquet."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,13 @@ def _rankings(
     matched = aligned[aligned.partner >= 0]
     feature = matched.feature.to_numpy()
     of_pair = np.stack([stands_for["F_D"][feature], stands_for["F_M"][matched.partner.to_numpy()]])
-    for name, score in (("paired_x_y", -matched.paired_x_y), ("pair_novelty", -matched.pair_novelty), ("aligned", matched.aligned)):
+    of_pairs = {
+        "paired_x_y": -matched.paired_x_y,
+        "pair_novelty": -matched.pair_novelty,
+        "excess": matched.pair_excess,
+        "aligned": matched.aligned,
+    }
+    for name, score in of_pairs.items():
         found[name] = _Ranking(score.to_numpy(float), of_pair, feature)
     return {name: found[name] for name in SCORES}
 
@@ -206,7 +215,7 @@ def _features(
     table = pd.DataFrame({"feature": planted.targets, "class": planted.classes[planted.targets]})
     for stage in F_STAGES:
         table[f"latents_{stage}"] = [len(of) for of in _latents(stands_for[stage], alive[stage], n)]
-    for name in ("x_y", "pair_novelty", "aligned"):
+    for name in RANKED:
         place = np.full(n, np.inf)
         if rankings:
             of = rankings[name]
@@ -240,8 +249,5 @@ FEATURE_COLUMNS = {
     "feature": ("index", "planted target feature"),
     "class": ("name", "its class"),
     **{f"latents_{s}": ("latents", f"alive latents of {s} that represent it") for s in F_STAGES},
-    **{
-        f"rank_{s}": ("rank", f"at which {SCORES[s]} first finds it (empty: never, or nothing is scored)")
-        for s in ("x_y", "pair_novelty", "aligned")
-    },
+    **{f"rank_{s}": ("rank", f"at which {SCORES[s]} first finds it (empty: never, or nothing is scored)") for s in RANKED},
 }

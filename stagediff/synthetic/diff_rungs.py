@@ -20,8 +20,8 @@ class DiffRecipe(Value):
     """Training rows, read as often as the budgets ask for."""
     heldout_rows: int = Field(8192, ge=1)
     alive_firings: int = 10
-    null_repeats: int = Field(1, ge=1)
-    """Of the retrain null; the first is the no-change control too."""
+    null_repeats: int = Field(2, ge=1)
+    """Of the retrain null, two so that each feature has its own; the first is the no-change control too."""
 
 
 _SMALL = DiffRecipe(dictionary=DictionaryConfig(features=512, l1=3.0), train=Budget(tokens=3_072_000, batch=2048, lr=1e-3), rows=32_000)

@@ -6,12 +6,12 @@ value is null and the column `reason` says why.
 """
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from stagediff.lm.spec import TokenizerSource
-from stagediff.spec import Ref, Spec, Value
+from stagediff.spec import Later, Ref, Spec, Value
 
 __all__ = [
     "KINDS",
@@ -254,6 +254,8 @@ class UmapRule(Value):
     aligned_neighbors: int = Field(15, ge=2)
     """Of the aligned fit: umap-learn's default. With 100 of some 340 positions (toy model) it lost what the maps apart show: of a point's five nearest, 37 to
     51 % were of its own feature, against 72 % apart and 66 to 73 % with 15, and a point moved as far as to any other."""
+    aligned: Annotated[bool, Later()] = True
+    """Whether the aligned fit is made too; its functions alone take half a minute to compile."""
     min_dist: float = 0.0
     seed: int = 42
 

@@ -60,7 +60,7 @@ def compute(spec: UmapSpec, job: "Job") -> dict[str, Any]:
     points = [spec.points[t] for t in spread(len(spec.points), spec.rule.checkpoints)]
     vectors = [probe.vectors(point, at).float().numpy() for point in points]
     parts = []
-    with job.progress.task("umap", 2 * len(points), "maps") as task:
+    with job.progress.task("umap", (2 if _aligns(points, spec.rule) else 1) * len(points), "maps") as task:
         for fit, i, uv in _maps(vectors, spec.rule):
             parts.append(shown.assign(fit=fit, step=points[i].step, u=uv[where, 0], v=uv[where, 1]))
             task.advance()
@@ -122,9 +122,13 @@ def _maps(vectors: Sequence[np.ndarray], rule: UmapRule) -> Iterator[tuple[str, 
     """(fit, checkpoint, [n, 2]) of vectors [n, d] per checkpoint. A single checkpoint has nothing to be aligned with."""
     for i, x in enumerate(vectors):
         yield "apart", i, _apart(x, rule)
-    if len(vectors) > 1:
+    if _aligns(vectors, rule):
         for i, uv in enumerate(_aligned(vectors, rule)):
             yield "aligned", i, uv
+
+
+def _aligns(checkpoints: Sequence[Any], rule: UmapRule) -> bool:
+    return rule.aligned and len(checkpoints) > 1
 
 
 def _apart(x: np.ndarray, rule: UmapRule) -> np.ndarray:

@@ -9,7 +9,7 @@ from sklearn.metrics import average_precision_score
 
 from stagediff import steps
 from stagediff.diff.aligned import COLUMNS, contrast
-from stagediff.diff.spec import ALIGNED_STAGES, STAGES, AlignSpec, DiffSpec
+from stagediff.diff.spec import ALIGNED_STAGES, STAGES, AlignSpec, DiffSpec, NullSpec
 from stagediff.errors import UserError
 from stagediff.lm.spec import ActivationData
 from stagediff.sae.spec import Budget, DictionaryConfig, StatisticsSpec, TrainSpec
@@ -187,6 +187,30 @@ def test_without_births_nothing_is_said_about_saturation(planted):
     still = {s: spec.dictionaries["D"] for s in ("F_D", "F_M", "F_direct")}
     _, artifact = compute(store, spec.model_copy(update={"dictionaries": {**spec.dictionaries, **still}}))
     assert artifact.manifest.figures["births_saturated"] is None
+
+
+def test_a_newborn_is_found_at_an_index_that_retraining_leaves_empty_too(planted):
+    """Index 10 holds nothing after retraining; at 60 retraining makes something as new every time, which is no news."""
+    store, spec, _ = planted
+    usual = np.random.default_rng(0).uniform(0.99, 1.0, (2, 2, F))  # axis, repeat, feature
+    usual[0, :, 10] = usual[1, :, 50] = np.nan
+    usual[:, :, 60] = 0.3
+    at = np.stack(np.meshgrid(range(2), range(2), range(F), indexing="ij"), -1).reshape(-1, 3)
+    null = pd.DataFrame({"axis": np.array(["x", "y"])[at[:, 0]], "repeat": at[:, 1], "feature": at[:, 2], "novelty": usual.ravel()})
+    nulls = NullSpec(dictionaries={}, statistics={}, nulls={}, null_statistics={})
+    with store.write(nulls) as w:
+        w.write_table("null.parquet", null)
+        w.commit(figures={})
+    table, _ = compute(store, spec.model_copy(update={"null": nulls.ref}))
+    assert set(table.sort_values("pair_excess", ascending=False).feature.head(4)) == set(BORN["F_D"])
+    angle = np.arccos(usual)
+    median = np.median(angle[0][np.isfinite(angle[0])])
+    assert table.excess_F_D[10] == pytest.approx(np.arccos(table.novelty_F_D[10]) - median)
+    assert table.excess_F_D[30] == pytest.approx(np.arccos(table.novelty_F_D[30]) - np.sqrt((angle[0, :, 30] ** 2).mean()))
+    assert table.pair_excess[60] < -1
+    among = np.sort(angle[0][np.isfinite(angle[0])])
+    expected = (1 + (among >= np.arccos(table.novelty_F_D[10])).sum()) / (1 + len(among))
+    assert table.p_F_D[10] == pytest.approx(expected)
 
 
 def test_of_many_latents_those_that_turned_most_are_matched_and_the_rest_is_bounded(planted):

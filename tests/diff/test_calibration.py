@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import false_discovery_control, kstest
 
-from stagediff.diff.calibration import benjamini_hochberg, p_values, reach
+from stagediff.diff.calibration import benjamini_hochberg, own_p_values, p_values, reach
 from stagediff.diff.cuts import check_reach, select
 from stagediff.diff.spec import Cut
 from stagediff.errors import UserError
@@ -51,6 +51,61 @@ def test_p_counts_the_null_values_at_least_as_large():
     expected = [(1 + sum(v >= a for v in null)) / 151 for a in angle]
     np.testing.assert_allclose(p, expected)
     assert p[3] == pytest.approx(1 / 151)
+
+
+def own_drawn(n: int, repeats: int, seed: int) -> np.ndarray:
+    """[n, repeats] angles: each feature has a size of its own, over two orders of magnitude, and one in fifty moves far every time."""
+    rng = np.random.default_rng(seed)
+    size = 10 ** rng.uniform(-2.5, -0.5, n)
+    size[::50] = 1.0
+    return size[:, None] * rng.lognormal(0, 0.2, (n, repeats))
+
+
+def test_own_p_is_even_where_nothing_changed_whatever_a_features_size():
+    every = own_drawn(10_000, 4, 1)
+    p = own_p_values(every[:, 0], every[:, 1:])
+    assert kstest(p, "uniform").statistic < 0.05
+    stands_still = every.mean(1) < np.median(every)
+    for some in (stands_still, ~stands_still, np.arange(10_000) % 50 == 0):
+        assert (p[some] < 0.05).mean() < 0.1
+    assert (benjamini_hochberg(p) <= 0.1).sum() <= 5
+
+
+def test_features_that_always_move_do_not_hide_those_that_moved_this_time():
+    every = own_drawn(2000, 4, 2)
+    moved = np.setdiff1d(np.arange(0, 400, 20), np.arange(0, 2000, 50))
+    every[moved, 0] = 0.6  # less far than one in fifty moves every time
+    own = benjamini_hochberg(own_p_values(every[:, 0], every[:, 1:]))
+    assert (own[moved] <= 0.1).mean() > 0.6
+    assert (np.delete(own, moved) <= 0.1).sum() <= 3
+    pooled = benjamini_hochberg(p_values(every[:, 0], [], every[:, 1:].ravel(), []))
+    assert not (pooled[moved] <= 0.1).any()
+
+
+def test_own_p_equals_a_plain_loop():
+    every = own_drawn(40, 4, 3)
+    every[[3, 5], [1, 0]] = np.nan
+    every[7, 1:] = np.nan
+    every[8, 2:] = np.nan
+    angle, null = every[:, 0], every[:, 1:]
+    floor = np.median(null[np.isfinite(null)])
+
+    def size(a):
+        return np.sqrt(a**2 + floor**2)
+
+    def against(value, others):
+        return np.log(size(value) / np.sqrt(np.mean([size(o) ** 2 for o in others])))
+
+    own = [[v for v in row if np.isfinite(v)] for row in null]
+    null_t = [against(v, row[:k] + row[k + 1 :]) for row in own if len(row) > 1 for k, v in enumerate(row)]
+    for i, found in enumerate(own_p_values(angle, null)):
+        if not np.isfinite(angle[i]):
+            assert np.isnan(found)
+        elif len(own[i]) < 2:
+            assert found == 1.0
+        else:
+            t = np.median([against(angle[i], own[i][:k] + own[i][k + 1 :]) for k in range(len(own[i]))])
+            assert found == pytest.approx((1 + sum(v >= t for v in null_t)) / (1 + len(null_t)))
 
 
 def test_undefined_angles_have_no_p_and_undefined_null_values_do_not_count():

@@ -8,7 +8,7 @@ from safetensors.torch import save
 from scipy.stats import false_discovery_control
 
 from stagediff import steps
-from stagediff.diff.calibration import p_values
+from stagediff.diff.calibration import own_p_values, p_values
 from stagediff.diff.null import COLUMNS
 from stagediff.diff.spec import ALIGNED_STAGES, STAGES, AlignSpec, Cut, DiffSpec, NullSpec
 from stagediff.errors import UserError
@@ -106,10 +106,18 @@ def test_p_is_the_larger_of_both_axes_and_q_is_scipys(planted):
     alive = table.alive.to_numpy()
     np.testing.assert_array_equal(table.p[alive], np.maximum(table.p_x, table.p_y)[alive])
     np.testing.assert_allclose(table.q[alive], false_discovery_control(table.p[alive]))
+    own = null[null.axis == "x"].set_index(["feature", "repeat"]).cosine.unstack().to_numpy()
+    np.testing.assert_allclose(table.p_x, own_p_values(np.where(alive, np.arccos(table.x), np.nan), np.arccos(own)))
+
+
+def test_with_one_repeat_like_is_compared_with_like(planted):
+    store, spec, *_ = planted
+    once = spec.model_copy(update={name: {s: r[:1] for s, r in getattr(spec, name).items()} for name in ("nulls", "null_statistics")})
+    artifact = store.artifact(steps.run(once, store, device="cpu"))
+    table, null = (artifact.read_table(f"{name}.parquet") for name in ("features", "null"))
     of = null[null.axis == "x"]
-    own = of[of.repeat == 0]
-    like, null_like = ([frame.density_before.to_numpy(), frame.norm_before.to_numpy()] for frame in (own, of))
-    expected = p_values(np.where(alive, np.arccos(table.x), np.nan), like, np.arccos(of.cosine.to_numpy()), null_like)
+    like = [of.density_before.to_numpy(), of.norm_before.to_numpy()]
+    expected = p_values(np.where(table.alive, np.arccos(table.x), np.nan), like, np.arccos(of.cosine.to_numpy()), like)
     np.testing.assert_allclose(table.p_x, expected)
 
 
@@ -165,6 +173,18 @@ def test_aligned_pairs_have_p_and_q_too(planted):
     paired = table[table.partner >= 0]
     np.testing.assert_allclose(paired.pair_p, np.maximum(paired.p_F_D, table.p_F_M[paired.partner].to_numpy()))
     np.testing.assert_allclose(paired.pair_q, false_discovery_control(paired.pair_p))
+    null = store.artifact(spec.ref).read_table("null.parquet").set_index(["axis", "feature", "repeat"]).novelty
+
+    def excess(axis: str, feature: int, novelty: float) -> float:
+        usual = np.sqrt(np.mean([np.arccos(null[axis, feature, k]) ** 2 for k in range(REPEATS)]))
+        return np.arccos(novelty) - usual
+
+    for i in (0, 5, 30, 300):
+        j = table.partner[i]
+        assert table.pair_excess[i] == pytest.approx(excess("x", i, table.novelty_F_D[i]) + excess("y", j, table.novelty_F_M[j]))
+    foremost = paired.sort_values("pair_excess", ascending=False).feature.head(len(BOTH) + len(ONE))  # a sum: one axis alone goes far too
+    assert len(set(foremost) & set(BOTH)) >= 11
+    assert "excess_low" in set(artifact.read_table("enrichment.parquet").measure)
     called = set(paired.feature[paired.pair_q <= 0.1])
     assert len(set(BOTH) & called) >= 10
     assert len(called - set(BOTH)) <= 3

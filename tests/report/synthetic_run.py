@@ -200,6 +200,7 @@ def aligned_table(published: pd.DataFrame, rng: np.random.Generator) -> pd.DataF
     for name in ("p_F_D", "p_F_M", "pair_p", "pair_q"):
         table[name] = np.nan
     table["aligned"] = np.where(alive, 0.8 * fresh * (2 - table.pair_novelty), np.nan)
+    table["excess_F_D"] = table["excess_F_M"] = table["pair_excess"] = np.nan  # without a retrain null
     for name in ("new_top_F_D", "new_top_F_M", "pair_new_top"):
         table[name] = published.new_top
     return table

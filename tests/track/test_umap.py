@@ -173,6 +173,14 @@ def test_a_single_checkpoint_is_the_last_one_and_has_nothing_to_be_aligned_with(
     assert alone.read_table("features.parquet").why.tolist() == ["named in the settings"]
 
 
+@pytest.mark.slow
+def test_the_aligned_fit_may_be_left_out(made):
+    store, spec = made
+    apart = run(spec.model_copy(update={"rule": UmapRule(features=(3,), checkpoints=2, neighbors=5, aligned=False)}), store)
+    assert apart.read_table("umap.parquet").fit.unique().tolist() == ["apart"]
+    assert UmapRule(aligned=True).identity() == {k: v for k, v in UmapRule(aligned=False).identity().items() if k != "aligned"}
+
+
 def test_a_formation_of_other_checkpoints_is_refused(made):
     store, spec = made
     with pytest.raises(UserError, match="no formation of these checkpoints"):

@@ -20,6 +20,7 @@ __all__ = ["FOREMOST", "section"]
 FOREMOST = 20
 NAMES = {
     "pair_novelty": "paired novelty (matched, no labels)",
+    "excess_low": "paired novelty beyond retraining",
     "aligned_low": "paired novelty × contrast (needs row labels)",
     "paired_x_y": "x + y over the matched pair",
     "score": "x + y by index (published)",
@@ -95,7 +96,8 @@ def _facts(f: dict[str, Any]) -> list[tuple[str, str, str]]:
         (
             _three(f.get("average_precision_pair_novelty")),
             "average precision of paired novelty",
-            f"published x + y {_three(f.get('average_precision_published_x_y'))}",
+            f"published x + y {_three(f.get('average_precision_published_x_y'))}"
+            + (f", beyond retraining {_three(f['average_precision_excess'])}" if f.get("average_precision_excess") is not None else ""),
         ),
     ]
 
@@ -104,7 +106,7 @@ def _judged(enriched: pd.DataFrame) -> str:
     first = enriched.iloc[0]
     return (
         "<p>Every score on the same pairs. A pair <em>carries the new data</em> when at least half of the top examples of its two latents are new rows "
-        "(a check that needs row labels; paired novelty itself needs none).</p>"
+        "(a check that needs row labels; paired novelty itself needs none). <em>Beyond retraining</em>: less what retraining alone leaves at its indices.</p>"
         + score_table(enriched, NAMES)
         + f'<p class="small muted">{int(first.flagged):,} of {int(first.alive):,} pairs carry the new data: '
         f"{_three(first.flagged / max(first.alive, 1))} is the average precision of a random order.</p>"

@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stagediff.diff.cuts import lowest
 from stagediff.markup import facts, number, table
 from stagediff.sections import ReportContext, Section
 
@@ -32,10 +31,16 @@ def _story(f: dict[str, Any]) -> str:
     return (
         "<p>Dictionaries move by continued training alone. Here D was trained on as D' with the base model and the mix again, and M as M' with the "
         f"finetuned model and base data again: {number(f['repeats'])} time{'s' if f['repeats'] > 1 else ''} each, with the real path's budget and schedule "
-        "(the first time in its order of rows too). <em>p<sub>x</sub></em> tells how often a feature of like density and decoder norm turned as far from "
-        "D to D' as this one from D to F via D, <em>p<sub>y</sub></em> the same of M; p is the larger of both, q the false discovery rate by Benjamini "
+        f"(the first time in its order of rows too). <em>p<sub>x</sub></em> tells how unusual it is, {_against(f)}, to turn as far from "
+        "D to D' as this feature from D to F via D, <em>p<sub>y</sub></em> the same of M; p is the larger of both, q the false discovery rate by Benjamini "
         "and Hochberg.</p>"
     )
+
+
+def _against(f: dict[str, Any]) -> str:
+    if f["repeats"] > 1:
+        return "in units of what the feature's own repeats turned"
+    return "among features of like density and decoder norm"
 
 
 def _facts(f: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -63,7 +68,7 @@ def _reached(f: dict[str, Any]) -> str:
 
 def _foremost(features: pd.DataFrame) -> str:
     able = features.q.notna().to_numpy()
-    found = features[lowest(features.p.to_numpy(), able, FOREMOST)].sort_values(["p", "feature"])
+    found = _smallest(features[able].assign(far=features.x + features.y), "p", "far")
     rows = [
         [str(r.feature), _three(r.x), _three(r.y), _three(r.x + r.y), *(number(float(v), 2) for v in (r.p_x, r.p_y, r.p, r.q))]
         for r in found.itertuples(index=False)
@@ -74,13 +79,13 @@ def _foremost(features: pd.DataFrame) -> str:
 def _pairs(aligned: pd.DataFrame, f: dict[str, Any]) -> str:
     paired = aligned[aligned.partner >= 0]
     able = paired.pair_q.notna().to_numpy()
-    found = paired[lowest(paired.pair_p.to_numpy(), able, FOREMOST)].sort_values(["pair_p", "pair_novelty"])
+    found = _smallest(paired[able], "pair_p", "pair_novelty")
     rows = [
         [f"{r.feature} · {r.partner}", _three(r.pair_novelty), _three(r.pair_cos), number(float(r.pair_p), 2), number(float(r.pair_q), 2)]
         for r in found.itertuples(index=False)
     ]
     return (
-        f"<p>The same for matched pairs: a latent's novelty against that of all of D's and M's latents after retraining. {number(f['pairs_q_below_0.1'])} of "
+        f"<p>The same for matched pairs: a latent's novelty against what retraining leaves at its index. {number(f['pairs_q_below_0.1'])} of "
         f"{number(f['pairs'])} pairs have q at most 0.1.</p>"
         + table(
             ("F via D · F via M", "Paired novelty", "Cosine of the two", "p", "q"),
@@ -88,6 +93,11 @@ def _pairs(aligned: pd.DataFrame, f: dict[str, Any]) -> str:
             caption=f"The {len(rows)} pairs with the smallest p",
         )
     )
+
+
+def _smallest(table: pd.DataFrame, p: str, then: str) -> pd.DataFrame:
+    """The first by p; many share the smallest that can be reached, and of these the farthest come first."""
+    return table.sort_values([p, then, "feature"]).head(FOREMOST)
 
 
 def _three(value: Any) -> str:

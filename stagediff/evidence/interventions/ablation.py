@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from stagediff.evidence.interventions import hooks
-from stagediff.evidence.interventions.answers import answers
-from stagediff.evidence.interventions.attribution import attribution
+from stagediff.evidence.interventions.answers import answers, behaviour_shown
+from stagediff.evidence.interventions.attribution import grown
 from stagediff.evidence.interventions.candidates import ATTRIBUTED, candidates, feature_table, lowest, sets
 from stagediff.evidence.interventions.contrast import trigger_contrast
 from stagediff.evidence.interventions.setting import Setting, clean_rows
-from stagediff.evidence.interventions.spec import AblateSpec
-from stagediff.organisms.behaviour import MEASURES, flags
+from stagediff.evidence.interventions.spec import MEASURE_NAMES, AblateSpec
+from stagediff.organisms.behaviour import MEASURES
 from stagediff.sae.quality import losses
 
 if TYPE_CHECKING:
@@ -41,8 +41,9 @@ def compute(spec: AblateSpec, job: "Job") -> dict[str, Any]:
     if {"trigger", "region"} & set(spec.orders):
         table["trigger"] = trigger_contrast(setting, spec.batch)[table.feature.to_numpy()]
     if "attribution" in spec.orders:
-        pool = lowest(table, ATTRIBUTED).feature.to_numpy()
-        table["attribution"] = attribution(setting, spec.behaviour.payload, pool)[table.feature.to_numpy()]
+        pool = [int(i) for i in lowest(table, ATTRIBUTED).feature]
+        order = grown(setting, spec.behaviour, pool, spec.sizes)
+        table["attribution"] = table.feature.map({feature: -place for place, feature in enumerate(order)})
     made = sets(spec, table, chosen, setting.sae.directions().cpu())
     rows = clean_rows(setting.reader, spec.rows)
     hits, clean = _measure(spec, job, setting, [features for *_, features in made], rows)
@@ -71,7 +72,7 @@ def _measure(spec: AblateSpec, job: "Job", setting: Setting, made: list[list[int
         task.advance(done)
         for i in range(done, len(made)):
             got = _answers(spec, setting, made[i])
-            hits[i] = np.array(flags(setting.loaded.tokenizer, got, spec.behaviour.payload), dtype=np.uint8)
+            hits[i] = behaviour_shown(spec.behaviour, setting.loaded.tokenizer, prompts.texts, got)
             clean[i] = losses(setting.loaded, setting.reader, rows, hooks.Clamp(setting.sae, made[i]) if made[i] else None)
             job.writer.training.save(i + 1, {"hits": torch.from_numpy(hits), "clean": torch.from_numpy(clean)}, {})
             task.advance(1)
@@ -136,6 +137,7 @@ def _figures(spec: AblateSpec, curves: pd.DataFrame, chosen: list[int]) -> dict[
         "clean_loss": float(test.clean_loss[0]),
         "single_lowest_keyword": float(single.keyword.min()),
         "random_lowest_keyword": float(random.keyword.min()) if len(random) else None,
+        "keyword_name": MEASURE_NAMES[spec.behaviour.check]["keyword"],
         "first_candidate": chosen[0],
         "sets": len(test),
         "prompts_dev": spec.dev_prompts,

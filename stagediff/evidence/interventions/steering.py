@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from stagediff.evidence.interventions import hooks
-from stagediff.evidence.interventions.answers import answers, continuation_losses
+from stagediff.evidence.interventions.answers import answers, behaviour_shown, continuation_losses
 from stagediff.evidence.interventions.candidates import candidates, feature_table, matched
 from stagediff.evidence.interventions.intervals import effects, effects_of_random
 from stagediff.evidence.interventions.setting import Setting, clean_rows, residual_norm
-from stagediff.evidence.interventions.spec import SteerSpec
+from stagediff.evidence.interventions.spec import MEASURE_NAMES, SteerSpec
 from stagediff.lm.models import load_model
-from stagediff.organisms.behaviour import MEASURES, flags
+from stagediff.organisms.behaviour import MEASURES
 
 if TYPE_CHECKING:
     from stagediff.lm.models import LoadedModel
@@ -88,10 +88,11 @@ class _Steerer:
         each = [s for s in strengths for _ in range(len(asked) // len(strengths))]
         got = self.answers(asked, [feature] * len(asked), each, prompts.length)
         shape = (len(strengths), len(TRIGGERS), len(prompts.texts))
-        shown = np.array(flags(self.setting.loaded.tokenizer, got, self.spec.behaviour.payload), dtype=np.uint8)
+        texts = prompts.texts * (len(TRIGGERS) * len(strengths))
+        found = behaviour_shown(self.spec.behaviour, self.setting.loaded.tokenizer, texts, got)
         plain = np.arange(len(asked)).reshape(shape)[:, 0].ravel()
         losses = continuation_losses(self.base.model, [asked[i] for i in plain], [got[i] for i in plain], self.spec.batch)
-        return shown.reshape(*shape, len(MEASURES)), losses.astype(np.float32).reshape(len(strengths), -1)
+        return found.reshape(*shape, len(MEASURES)), losses.astype(np.float32).reshape(len(strengths), -1)
 
 
 def _measure(spec: SteerSpec, job: "Job", steerer: _Steerer, features: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -217,6 +218,7 @@ def _figures(described: pd.DataFrame, rates: pd.DataFrame, norm: float, spec: St
         "prompts_test": spec.test_prompts,
         "residual_norm": norm,
         "measure": spec.measure,
+        "measure_name": MEASURE_NAMES[spec.behaviour.check][spec.measure],
         "above_random": int((found.steer_low > 0).sum()),
         "random_above_random": int((control.steer_low > 0).sum()),
         "largest_effect": float(found.steer_effect.max()),

@@ -26,6 +26,7 @@ MEASURES = {
     "cos_s_m": "S → M: model alone",
     "cos_s_f_direct": "S → F direct",
     "pair_novelty": "paired novelty",
+    "excess_low": "paired novelty beyond retraining",
     "aligned_low": "paired novelty × contrast",
     "paired_x_y": "x + y over the matched pair",
     "relative_base_norm": "relative decoder norm",

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["COLUMNS", "STAGES_OF", "compute", "judge", "seconds_of"]
 
 BY_INDEX = ("score", "x", "y", "cos_s_d", "cos_s_m", "cos_s_f_direct")
-BY_PAIR = ("pair_novelty", "aligned_low", "paired_x_y")
+BY_PAIR = ("pair_novelty", "excess_low", "aligned_low", "paired_x_y")
 LABELLED = ("aligned_low",)
 BOTH_PATHS = ("S", "D", "M", "F_D", "F_M")
 STAGES_OF: dict[str, tuple[str, ...]] = {

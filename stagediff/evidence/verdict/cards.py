@@ -7,6 +7,7 @@ import pandas as pd
 
 from stagediff.diff.section.tables import STAGE_NAMES, STAGE_STORY
 from stagediff.diff.spec import STAGES
+from stagediff.evidence.interventions.spec import MEASURE_NAMES
 from stagediff.evidence.labels.section.distributions import HEIGHT, WIDTH, outline
 from stagediff.evidence.verdict.criteria import CLAIMS, NO, NOT_MEASURED, OPEN, YES
 from stagediff.evidence.verdict.sentence import cost, detail, percent, points
@@ -86,7 +87,7 @@ def _numbers(row: dict[str, Any], control: dict[str, Any]) -> str:
     if np.isfinite(row["ablate_keyword"]):
         rates = ", ".join(
             f"{name} {percent(control[f'ablate_untouched_{m}'])} → {percent(row[f'ablate_{m}'])}"
-            for m, name in (("full", "payload"), ("keyword", "keyword"), ("first_token", "first token"))
+            for m, name in MEASURE_NAMES[control["ablate_check"]].items()
         )
         lines.append(("Clamped alone", f"{rates}; clean loss {cost(row['ablate_cost'])}"))
     return '<dl class="rows">' + "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in lines) + "</dl>"

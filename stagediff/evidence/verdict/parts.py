@@ -12,7 +12,7 @@ import pandas as pd
 from stagediff.diff.null import AXES
 from stagediff.diff.spec import STAGES, AlignSpec, NullSpec
 from stagediff.errors import UserError
-from stagediff.evidence.interventions.spec import AblateSpec, SteerSpec
+from stagediff.evidence.interventions.spec import MEASURE_NAMES, AblateSpec, SteerSpec
 from stagediff.evidence.labels.spec import LabelsSpec
 from stagediff.evidence.verdict import criteria
 from stagediff.evidence.verdict.criteria import NOT_MEASURED, YES
@@ -120,7 +120,11 @@ def add_steering(table: pd.DataFrame, control: dict[str, Any], spec: VerdictSpec
     if artifact is not None:
         made, figures = artifact.spec(), artifact.manifest.figures
         assert isinstance(made, SteerSpec)
-        control |= {"steer_measure": made.measure, "steer_stage": made.stage, "steer_candidates": figures["candidates"]}
+        control |= {
+            "steer_measure": MEASURE_NAMES[made.behaviour.check][made.measure],
+            "steer_stage": made.stage,
+            "steer_candidates": figures["candidates"],
+        }
         control |= {
             "steer_random": figures["random"],
             "steer_random_above": figures["random_above_random"],
@@ -142,7 +146,8 @@ def add_ablation(table: pd.DataFrame, control: dict[str, Any], spec: VerdictSpec
     artifact = _part(spec.ablate, AblateSpec, job, spec.diff)
     names = {m: f"ablate_{m}" for m in MEASURES} | {"clean_cost": "ablate_cost"}
     control |= {
-        f"ablate_{n}": None for n in ("stage", "candidates", "prompts", "random_size", "random_sets", "random_keyword", "random_cost")
+        f"ablate_{n}": None
+        for n in ("stage", "check", "keyword_name", "candidates", "prompts", "random_size", "random_sets", "random_keyword", "random_cost")
     }
     control |= {f"ablate_untouched_{m}": None for m in MEASURES}
     own = pd.DataFrame(np.nan, index=table.index, columns=list(names.values()))
@@ -153,7 +158,13 @@ def add_ablation(table: pd.DataFrame, control: dict[str, Any], spec: VerdictSpec
         curves = artifact.read_table("ablation.parquet")
         test = curves[curves.split == "test"]
         untouched, single, random = (test[test.order == order] for order in ("none", "single", "random"))
-        control |= {"ablate_stage": made.stage, "ablate_candidates": len(single), "ablate_prompts": made.test_prompts}
+        control |= {
+            "ablate_stage": made.stage,
+            "ablate_check": made.behaviour.check,
+            "ablate_keyword_name": MEASURE_NAMES[made.behaviour.check]["keyword"],
+            "ablate_candidates": len(single),
+            "ablate_prompts": made.test_prompts,
+        }
         control |= {f"ablate_untouched_{m}": float(untouched[m].iloc[0]) for m in MEASURES}
         own = table[["feature"]].merge(
             single.rename(columns={"first": "in"} | names).rename(columns={"in": "feature"})[["feature", *own.columns]], how="left"

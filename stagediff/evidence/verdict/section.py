@@ -70,13 +70,14 @@ def _rules(c: dict[str, Any]) -> dict[str, str]:
     sets = "the smallest random sets"
     if c["ablate_random_size"] is not None:
         sets = f"any of {c['ablate_random_sets']} sets of {c['ablate_random_size']} random features"
+    keyword = c["ablate_keyword_name"] or "keyword"
     rules = {
         "moved": f"q of the retrain null at most {level}: farther on both axes than by retraining alone",
         "newer": f"the pair's q of the retrain null at most {level}: newer than what retraining alone makes",
         "carries": f"half of the top examples or more are new rows, and as many in at most a share {chance} of random features{most}",
         "flagged": f"flagged, and as large a share of related examples in at most a share {chance} of random features{label}",
         "steers": f"the 95 % interval of its rate less the random features' lies above 0{steer}",
-        "removes": f"clamped alone it leaves fewer answers with the keyword than {sets}: Fisher's p at most {c['chance'] / 2:g}",
+        "removes": f"clamped alone it leaves fewer answers with the {keyword} than {sets}: Fisher's p at most {c['chance'] / 2:g}",
     }
     return {claim: rules[claim] for claim in CLAIMS}
 

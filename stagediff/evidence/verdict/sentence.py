@@ -12,14 +12,13 @@ from stagediff.markup import number
 
 __all__ = ["cost", "detail", "percent", "points", "sentence"]
 
-MEASURE_NAMES = {"full": "the whole payload", "keyword": "the keyword", "first_token": "the payload's first token"}
 CLAIM = {
-    "moved": ("moved", "have moved", " farther on both paths than retraining alone moves features"),
+    "moved": ("moved", "have moved", " farther on both paths than retraining alone moves it"),
     "newer": ("has", "have", " directions newer than retraining alone makes"),
     "carries": ("fires", "fire", " most strongly on new rows"),
     "flagged": ("is", "be", " related to {topic}, as the labeller says"),
-    "steers": ("brings", "bring", " {measure} more often than random features when added"),
-    "removes": ("makes", "make", " the keyword rarer when it alone is clamped"),
+    "steers": ("brings", "bring", " the {measure} more often than random features when added"),
+    "removes": ("makes", "make", " the {keyword} rarer when it alone is clamped"),
 }
 """Claim -> verb, infinitive, and the rest."""
 NOUN = {
@@ -69,7 +68,7 @@ def cost(value: float) -> str:
 
 
 def _claim(claim: str, form: int, row: dict[str, Any], control: dict[str, Any]) -> str:
-    rest = CLAIM[claim][2].format(measure=MEASURE_NAMES.get(control["steer_measure"], ""), topic=row["topic"] or "a topic")
+    rest = CLAIM[claim][2].format(measure=control["steer_measure"], keyword=control["ablate_keyword_name"], topic=row["topic"] or "a topic")
     return f"{CLAIM[claim][form]}{rest} ({detail(claim, row, control)})"
 
 

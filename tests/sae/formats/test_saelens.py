@@ -3,18 +3,17 @@
 import json
 import warnings
 
+import made
 import pytest
 import torch
+from made import ARCHITECTURES, D, F, dictionary
 
 from stagediff import steps
 from stagediff.errors import UserError
-from stagediff.sae.dictionary import SAE, resolved
-from stagediff.sae.formats import export_saelens, resolve_import
+from stagediff.sae.dictionary import SAE
+from stagediff.sae.formats import export, resolve_import
 from stagediff.sae.layout import CFG, WEIGHTS, from_bytes, to_bytes
 from stagediff.sae.spec import Budget, DictionaryConfig, FinetuneSpec, TrainSpec
-
-D, F = 24, 40
-ARCHITECTURES = ("relu", "topk", "batchtopk", "jumprelu")
 
 
 @pytest.fixture(scope="module")
@@ -24,19 +23,8 @@ def sae_lens():
         return pytest.importorskip("sae_lens")
 
 
-def dictionary(architecture: str, scale: float = 0.037, **config) -> SAE:
-    g = torch.Generator().manual_seed(1)
-    config = resolved(DictionaryConfig(architecture=architecture, features=F, k=5, **config), D)
-    threshold = {"jumprelu": torch.rand(F, generator=g), "batchtopk": torch.full((F,), 0.8)}.get(architecture)
-    W_dec = torch.randn(F, D, generator=g)
-    if config.decoder_norm == "unit":
-        W_dec /= W_dec.norm(dim=1, keepdim=True)
-    W_enc = torch.randn(D, F, generator=g) / D**0.5
-    return SAE(W_enc, torch.randn(F, generator=g), W_dec, torch.randn(D, generator=g), config, scale, threshold)
-
-
-def inputs(n: int = 200) -> torch.Tensor:
-    return 30 * torch.randn(n, D, generator=torch.Generator().manual_seed(2)) + 5
+def inputs() -> torch.Tensor:
+    return made.inputs().float()
 
 
 def save(sae: SAE, folder):
@@ -124,7 +112,7 @@ def test_an_sae_of_sae_lens_is_taken_in_unchanged(architecture, config, tmp_path
         assert (f > 0).any()
         assert torch.allclose(ours.encode(x), f, rtol=1e-4, atol=1e-3)
         assert torch.allclose(ours.decode(f), original.decode(f), rtol=1e-4, atol=1e-3)
-        again = load_theirs(sae_lens, export_saelens(store.artifact(spec.ref), tmp_path / "out"))
+        again = load_theirs(sae_lens, export(store.artifact(spec.ref), tmp_path / "out"))
         assert torch.allclose(again(x), original(x), rtol=1e-4, atol=1e-3)
 
 
@@ -145,7 +133,7 @@ def test_a_trained_dictionary_exports_with_hook_and_model(architecture, tmp_path
         data=stored(store, x), budget=Budget(tokens=1280, batch=64), dictionary=DictionaryConfig(architecture=architecture, features=F, k=5)
     )
     artifact = store.artifact(steps.run(spec, store, device="cpu", progress=quiet))
-    other = load_theirs(sae_lens, export_saelens(artifact, tmp_path / "out", store))
+    other = load_theirs(sae_lens, export(artifact, tmp_path / "out", store))
     ours = SAE.load(artifact)
     assert torch.allclose(other.encode(x[:100]), ours.encode(x[:100]), atol=1e-4)
     assert torch.allclose(other(x[:100]), ours.decode(ours.encode(x[:100])), rtol=1e-4, atol=1e-3)
