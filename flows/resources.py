@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 from stagediff.errors import UserError
-from stagediff.ranks import RANKS
+from stagediff.ranks import RANKS, SHARD
 from stagediff.resources import StepResources
 
 __all__ = ["PoolType", "check_variables", "job_variables"]
@@ -32,6 +32,8 @@ def job_variables(resources: StepResources | Mapping[str, Any], pool_type: str) 
     env: dict[str, str] = {}
     if (wanted.gpus or 0) > 1:
         env[RANKS] = str(wanted.gpus)
+        if wanted.shard == "features":
+            env[SHARD] = wanted.shard
     if wanted.cpus is not None:
         env["OMP_NUM_THREADS"] = str(max(1, wanted.cpus // max(1, wanted.gpus or 1)))
     if env:

@@ -6,12 +6,14 @@ analysis costs").
 
 import statistics
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from stagediff import steps
 from stagediff.plan import Plan
+from stagediff.resources import StepResources, resources_of
 from stagediff.spec import Ref
 from stagediff.store import State, Store
 
@@ -31,6 +33,8 @@ class Estimate:
     """On the run's device. Passes over numbers that take as long as so many operations count as these."""
     seconds: float = 0.0
     """Beside them: tables, files, resampling on the CPU."""
+    memory: Callable[[int, str], int] | None = None
+    """Bytes on each GPU, by how many processes share the step and what they share out (`resources.StepResources.shard`)."""
     note: str = ""
     """What else the step costs (money that a server asks for), for a reader."""
 
@@ -47,6 +51,8 @@ class Row:
     bytes: int | None
     seconds: float | None
     note: str = ""
+    memory: int | None = None
+    """Bytes on each GPU, with the GPUs that the config gives the step."""
 
     def as_dict(self) -> dict[str, Any]:
         return {**self.__dict__, "ref": str(self.ref)}
@@ -55,8 +61,8 @@ class Row:
 _STATE = {State.COMPLETE: "done", State.PARTIAL: "partial", State.EVICTED: "evicted", State.ABSENT: "to do", State.DAMAGED: "damaged"}
 
 
-def estimate_plan(plan: Plan, store: Store) -> list[Row]:
-    """A row per node. Nodes whose step has no estimate show only their state."""
+def estimate_plan(plan: Plan, store: Store, resources: Mapping[str, StepResources] | None = None) -> list[Row]:
+    """A row per node. Nodes whose step has no estimate show only their state. `resources` are the config's."""
     states = plan.states(store)
     missing = {node.ref for node in plan.missing(store, states)}
     sizes = {node.ref: _size(node.spec, plan) for node in plan}
@@ -70,6 +76,7 @@ def estimate_plan(plan: Plan, store: Store) -> list[Row]:
         elif size and (size.flops or size.seconds):
             rate = rates.get(node.spec.step) or EFFICIENCY * _matmul_speed()
             seconds = size.flops / rate + size.seconds
+        wanted = resources_of(node.spec.step, resources or {})
         rows.append(
             Row(
                 name=node.name,
@@ -80,6 +87,7 @@ def estimate_plan(plan: Plan, store: Store) -> list[Row]:
                 bytes=held if held is not None else (size.bytes if size else None),
                 seconds=seconds,
                 note=size.note if size and node.ref in missing else "",
+                memory=size.memory(max(1, wanted.gpus or 1), wanted.shard) if size and size.memory else None,
             )
         )
     return rows

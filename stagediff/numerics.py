@@ -71,12 +71,14 @@ def describe(device: str) -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     kind = torch.cuda.get_device_name(device) if device.startswith("cuda") else torch.backends.cpu.get_cpu_capability()
     return {
         "device": kind,
         "bf16_products": has_bf16_products(device),
         "threads": torch.get_num_threads(),
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "world_size": ranks,
+        **({"shard": "features"} if ranks > 1 and os.environ.get("STAGEDIFF_SHARD") == "features" else {}),
         "machine": platform.machine(),
         "python": platform.python_version(),
         "versions": versions,

@@ -2,7 +2,7 @@
 
     resources:
       harvest: {gpus: 4, memory: 64G}              # four processes on one node, each with its share of the shards
-      train: {gpus: 8, cpus: 32, time_limit: 12h}  # eight ranks, data parallel
+      train: {gpus: 8, cpus: 32, time_limit: 12h}  # eight ranks, data parallel; with shard: features each holds an eighth of the dictionary
       diff: {gpus: 0, memory: 32G}
       finetune: {parts: 1, pool: small}
 
@@ -11,7 +11,7 @@ A step that is not named gets what it was registered with (`steps.Resources`).
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt, field_serializer
 
@@ -49,6 +49,8 @@ class StepResources(Value):
 
     gpus: int | None = Field(None, ge=0)
     """On one node. More than one means as many processes: of a sharded step each takes its share of the shards, of a training a slice of every batch."""
+    shard: Literal["batch", "features"] = "batch"
+    """What the processes of a training share out: every batch, or the dictionary's features where one GPU does not hold it."""
     cpus: PositiveInt | None = None
     """Also the number of threads."""
     memory: Annotated[int | None, BeforeValidator(_mebibytes)] = None
@@ -81,6 +83,9 @@ def checked(resources: Mapping[str, StepResources]) -> None:
         if (wanted.gpus or 0) > 1 and not known[name].by_ranks:
             able = ", ".join(sorted(s.name for s in known.values() if s.by_ranks))
             raise ValueError(f"{name}.gpus is {wanted.gpus}, but that step runs on one device; these can use several: {able}")
+        if wanted.shard == "features" and (known[name].assist is None or (wanted.gpus or 0) < 2):
+            able = ", ".join(sorted(s.name for s in known.values() if s.assist))
+            raise ValueError(f"{name}.shard is features with gpus: {wanted.gpus or 0}; that is for these steps on two GPUs or more: {able}")
 
 
 def resources_of(step: str, resources: Mapping[str, StepResources | Mapping[str, Any]]) -> StepResources:

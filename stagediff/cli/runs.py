@@ -75,7 +75,7 @@ def plan(config: ConfigFile, store: StoreUrl = None, set_: Sets = None, as_json:
     opened = Store(loaded.store)
     made = make_plan(loaded, opened)
     made.check(made.missing(opened))
-    rows = estimate_plan(made, opened)
+    rows = estimate_plan(made, opened, loaded.resources)
     if as_json:
         print_json({"run": made.name, "store": opened.root, "steps": [row.as_dict() for row in rows]})
         return
@@ -99,6 +99,9 @@ def plan(config: ConfigFile, store: StoreUrl = None, set_: Sets = None, as_json:
     for row in todo:
         if row.note:
             print(f"{row.name}: {row.note}.")
+    held = max((row for row in todo if row.memory), key=lambda row: row.memory or 0, default=None)
+    if held:
+        print(f"{held.name}: about {size(held.memory)} of memory on each GPU, the most of this run's trainings.")
     time, written = seconds(sum(row.seconds or 0 for row in todo)), size(sum(row.bytes or 0 for row in todo))
     print(
         f"{len(todo)} of {len(rows)} steps to run; about {time} and {written} on this machine."

@@ -1,5 +1,5 @@
-"""Several processes of one machine on one step: a sharded step by shares of its shards, a training by slices of every batch."""
+"""Several processes of one machine on one step: a sharded step by shares of its shards, a training by slices of every batch or by features."""
 
-from stagediff.ranks.launch import RANKS, RankLostError, run
+from stagediff.ranks.launch import RANKS, SHARD, RankLostError, run, shard_here
 
-__all__ = ["RANKS", "RankLostError", "run"]
+__all__ = ["RANKS", "SHARD", "RankLostError", "run", "shard_here"]

@@ -21,12 +21,14 @@ from stagediff.ranks.tree import Ended, run_tree
 from stagediff.spec import Ref, Spec
 from stagediff.store import Store
 
-__all__ = ["RANKS", "RankLostError", "command", "ranks_here", "run"]
+__all__ = ["RANKS", "SHARD", "RankLostError", "command", "ranks_here", "run", "shard_here"]
 
 log = logging.getLogger("stagediff")
 
 RANKS = "STAGEDIFF_RANKS"
 """Environment variable: how many processes share a step that can be shared; a cluster's job gets it with its GPUs."""
+SHARD = "STAGEDIFF_SHARD"
+"""Environment variable: what of a training its ranks share out: batch (the default) or features (`stagediff.sae.sharded`)."""
 _KINDS = {"UserError": UserError, "DamagedError": DamagedError, "StagediffError": StagediffError}
 
 
@@ -40,6 +42,14 @@ def ranks_here() -> int:
     if not text.isdigit() or int(text) < 1:
         raise UserError(f"{RANKS} is {text!r}; expected the number of processes that share a step, at least 1.")
     return int(text)
+
+
+def shard_here() -> str:
+    """What ranks of a training share out (STAGEDIFF_SHARD): batch or features."""
+    text = os.environ.get(SHARD, "batch")
+    if text not in ("batch", "features"):
+        raise UserError(f"{SHARD} is {text!r}; expected batch or features: what the ranks of a training share out.")
+    return text
 
 
 def run(

@@ -15,17 +15,25 @@ from stagediff.sae.sparse.kernels import Extra, Kernels
 from stagediff.sae.sparse.weights import MATRICES, Weights
 
 if TYPE_CHECKING:
+    from stagediff.sae.sharded import Shards
     from stagediff.sae.spec import DictionaryConfig
 
 __all__ = ["auxk"]
 
 
 def auxk(
-    config: "DictionaryConfig", weights: Weights, kernels: Kernels, inner: Tensor, error: Tensor, dead: Tensor
+    config: "DictionaryConfig",
+    weights: Weights,
+    kernels: Kernels,
+    inner: Tensor,
+    error: Tensor,
+    dead: Tensor,
+    shards: "Shards | None" = None,
 ) -> tuple[Tensor, Extra]:
     """The term and its gradients.
 
-    `inner` [B, d] in compute type is what the encoder sees, `error` is x_hat - x [B, d], `dead` holds the indices of at least one dead feature.
+    `inner` [B, d] in compute type is what the encoder sees, `error` is x_hat - x [B, d], `dead` holds the indices of at least one dead feature
+    (`shards`, the ranks among which features are split: at one of them).
     """
     assert config.auxk
     weight, n, master, count = config.auxk_weight, len(error), error.dtype, len(dead)
@@ -39,11 +47,14 @@ def auxk(
         weights.rows["b_enc"][dead],
     )
     pre = torch.addmm(b_enc, inner, W_enc.t())  # [B, width]
-    chosen, values = kernels.largest(pre, min(config.auxk, count))
+    chosen, values = kernels.largest(pre, min(config.auxk, max(1, count)))
+    if shards:
+        chosen, values = shards.keep(chosen, values, config.auxk)
     f = torch.zeros_like(pre).scatter_(
         1, chosen.clamp_max_(count).long(), values.to(pre.dtype)
     )  # where there were too few: 0 in a spare column
-    left = torch.mm(f, W_dec).to(master) + error  # e_hat - e
+    found = torch.mm(f, W_dec).to(master)
+    left = (shards.total(found) if shards else found) + error  # e_hat - e
     scaled = (left * (2 * weight / n)).to(f.dtype)
     g_pre = keep_active(torch.mm(scaled, W_dec.t()), f)
     g_W_enc, g_W_dec, g_b_enc = torch.mm(g_pre.t(), inner), torch.mm(f.t(), scaled), column_sums(g_pre, master)

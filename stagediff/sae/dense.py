@@ -7,6 +7,7 @@ from torch import Tensor
 
 from stagediff.sae.gradients import Context, Gradient
 from stagediff.sae.optimiser import Optimiser, clip, pull
+from stagediff.sae.parallel import Team
 from stagediff.sae.spec import Budget, DictionaryConfig
 
 __all__ = ["Engine"]
@@ -22,19 +23,21 @@ class Engine:
         budget: Budget,
         compute: torch.dtype,
         gradient: Callable[[dict[str, Tensor], Tensor, Context], Gradient],
+        team: Team,
     ):
         self.parameters = parameters
         self._config, self._budget, self._compute, self._gradient = config, budget, compute, gradient
+        self._team = team
         self._optimiser = Optimiser(parameters, budget)
 
     def gradient(self, x: Tensor, sparsity: float, dead: Tensor | None) -> Gradient:
         """Loss and gradients on a scaled batch x [B, d] in master type."""
         assert dead is None, "AuxK is topk's and batchtopk's"
-        return self._gradient(self.parameters, x, Context(self._config, sparsity, self._compute))
+        return self._gradient(self.parameters, x, Context(self._config, sparsity, self._compute, None, self._team.total))
 
     def update(self, outcome: Gradient, lr: float, anchor: float, home: dict[str, Tensor]) -> None:
         """Takes a step: clip (the outcome's gradients are changed), Adam, the pull of `anchor` to `home` (0: none), unit rows."""
-        clip(outcome.gradients, self._budget.clip)
+        clip(outcome.gradients, self._budget.clip, outcome.squares)
         self._optimiser.step(outcome.gradients, lr)
         if anchor:
             pull(self.parameters, home, anchor, lr)

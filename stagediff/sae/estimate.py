@@ -1,19 +1,62 @@
 """Sizes of trainings, statistics and quality measurements for `stagediff plan`."""
 
+from functools import partial
+from typing import Any
+
 from stagediff.estimate import Estimate
 from stagediff.lm.estimate import activation_shape, layer_flops, model_dims, spec_of
 from stagediff.plan import Plan
-from stagediff.sae.spec import FinetuneSpec, QualitySpec, StatisticsSpec, TrainSpec
+from stagediff.sae.spec import DictionaryConfig, FinetuneSpec, QualitySpec, StatisticsSpec, TrainSpec
 from stagediff.spec import Ref
 
-__all__ = ["features_of", "quality", "statistics", "training"]
+__all__ = ["features_of", "quality", "statistics", "training", "training_memory"]
+
+STATE = 32
+"""Bytes of an encoder's and a decoder's number together, in fp32: weights 8, Adam's moments 16, gradients 8."""
+CHUNK = 512 << 20
+"""Of topk's pre-activations, on a GPU (`sae.sparse.engine.CHUNK_BYTES`)."""
+PRE = {"batchtopk": 1, "relu": 2, "jumprelu": 5}
+"""How many tensors of a batch's pre-activations [B, F] are held at once."""
 
 
 def training(spec: TrainSpec | FinetuneSpec, plan: Plan) -> Estimate:
     _, d, _ = activation_shape(spec.data, plan)
     features = features_of(spec.ref, plan)
+    dictionary = _config(spec, plan)
+    memory = partial(training_memory, spec, dictionary, d) if dictionary else None
     stored = 24 if spec.keep_optimiser else 8  # fp32 encoder and decoder, and two moments of each
-    return Estimate(tokens=spec.budget.tokens, bytes=stored * d * features, flops=10.0 * d * features * spec.budget.tokens)
+    return Estimate(tokens=spec.budget.tokens, bytes=stored * d * features, flops=10.0 * d * features * spec.budget.tokens, memory=memory)
+
+
+def training_memory(spec: TrainSpec | FinetuneSpec, dictionary: DictionaryConfig, d: int, ranks: int = 1, shard: str = "batch") -> int:
+    """Bytes on each of `ranks` GPUs while a dictionary of width d trains: weights, moments, gradients, copies, and a batch's own tensors.
+
+    `shard`: what the ranks share out, features or every batch. The part of AuxK that is dense over dead features, and what the allocator holds
+    back, come on top.
+    """
+    resolved_auxk = d // 2 if dictionary.auxk is None and dictionary.architecture in ("topk", "batchtopk") else dictionary.auxk or 0
+    split = ranks if shard == "features" else 1
+    own = dictionary.features // split
+    tokens = spec.budget.batch // (1 if shard == "features" else ranks)
+    wide = 2 if spec.compute == "bf16" else 4
+    anchored = isinstance(spec, FinetuneSpec) and spec.anchor > 0
+    state = STATE + (2 * wide if wide == 2 else 0) + (8 if anchored else 0)
+    if dictionary.architecture == "topk":
+        pre = min(tokens * own * wide, CHUNK)
+    else:
+        pre = tokens * own * wide * PRE[dictionary.architecture]
+    gathered = 0
+    if split > 1 and dictionary.architecture in ("topk", "batchtopk"):
+        gathered = 8 * tokens * max(dictionary.k, resolved_auxk) * (2 * ranks + 2)  # keys: own, everyone's, these side by side
+    return state * own * d + pre + tokens * d * (4 * 5 + 2 * wide) + gathered
+
+
+def _config(spec: TrainSpec | FinetuneSpec, plan: Plan) -> DictionaryConfig | None:
+    """What is trained; None where the start was made elsewhere."""
+    found: Any = spec
+    while hasattr(found, "start"):
+        found = spec_of(found.start, plan)
+    return getattr(found, "dictionary", None)
 
 
 def statistics(spec: StatisticsSpec, plan: Plan) -> Estimate:

@@ -6,6 +6,7 @@ than once. Exactness is tested against autograd in float64. Ten d F floating-poi
 activations.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -31,6 +32,11 @@ __all__ = [
 ]
 
 
+def alone(value: Tensor) -> Tensor:
+    """The sum over ranks where one has all features."""
+    return value
+
+
 class Context(NamedTuple):
     """What a step's gradient depends on besides parameters and batch."""
 
@@ -42,6 +48,8 @@ class Context(NamedTuple):
     """Type of the matrix products."""
     dead: Tensor | None = None
     """Indices of dead features (AuxK); None: there are none."""
+    total: Callable[[Tensor], Tensor] = alone
+    """The sum over the ranks among which features are split (`sae.sharded`)."""
 
 
 class Gradient(NamedTuple):
@@ -92,9 +100,11 @@ def encode(p: dict[str, Tensor], x: Tensor, context: Context) -> Forward:
     return Forward(inner, torch.addmm(p["b_enc"].to(t), inner, W_enc), W_enc, p["W_dec"].to(t))
 
 
-def reconstruct(p: dict[str, Tensor], x: Tensor, forward: Forward, f: Tensor) -> tuple[Tensor, Tensor]:
+def reconstruct(
+    p: dict[str, Tensor], x: Tensor, forward: Forward, f: Tensor, total: Callable[[Tensor], Tensor] = alone
+) -> tuple[Tensor, Tensor]:
     """The error x_hat - x [B, d] in master type, and its mean squared norm per token."""
-    error = torch.mm(f, forward.W_dec).to(x.dtype)
+    error = total(torch.mm(f, forward.W_dec).to(x.dtype))
     error += p["b_dec"]
     error -= x
     return error, error.square().sum() / len(x)
@@ -116,7 +126,7 @@ def to_encoder(p: dict[str, Tensor], context: Context, forward: Forward, error: 
     b_enc = column_sums(g_pre, master)
     b_dec = error.sum(0) * (2 / len(error))
     if context.config.subtract_b_dec:
-        b_dec -= p["W_enc"] @ b_enc
+        b_dec -= context.total(p["W_enc"] @ b_enc)
     return {"W_enc": torch.mm(forward.inner.t(), g_pre).to(master), "b_enc": b_enc, "b_dec": b_dec}
 
 

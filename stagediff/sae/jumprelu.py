@@ -31,7 +31,7 @@ def gradient(p: dict[str, Tensor], x: Tensor, context: Context) -> Gradient:
     threshold = p["log_threshold"].exp()
     over = forward.pre - threshold.to(context.compute)  # [B, F]
     f = torch.ops.aten.threshold_backward(forward.pre, over, 0)  # pre where over > 0, else 0
-    error, squared = reconstruct(p, x, forward, f)
+    error, squared = reconstruct(p, x, forward, f, context.total)
     scaled = (error * (2 / n)).to(context.compute)
     W_dec = torch.mm(f.t(), scaled).to(x.dtype)
     if context.config.decoder_norm == "unit":
@@ -44,7 +44,7 @@ def gradient(p: dict[str, Tensor], x: Tensor, context: Context) -> Gradient:
 
     active = (over > 0).to(context.compute)
     fired = column_sums(active, x.dtype)
-    sparsity = fired.sum() / n
+    sparsity = context.total(fired.sum() / n)
     gradients = to_encoder(p, context, forward, error, g_f.mul_(active))
     gradients |= {"W_dec": W_dec, "log_threshold": g_threshold * threshold}
     return Gradient(squared + weight * sparsity, squared, sparsity, f, fired > 0, gradients)

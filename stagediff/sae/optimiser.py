@@ -20,11 +20,14 @@ def rate(step: int, steps: int, budget: "Budget") -> float:
     return budget.lr * up * down
 
 
-def clip(gradients: dict[str, Tensor], largest: float) -> None:
-    """Scales all gradients, in place, so that their common norm is at most `largest`; 0 means no limit. No host sync."""
+def clip(gradients: dict[str, Tensor], largest: float, squares: Tensor | None = None) -> None:
+    """Scales all gradients, in place, so that their common norm is at most `largest`; 0 means no limit. No host sync.
+
+    `squares`: the sum of all squares, where it is known already.
+    """
     if largest <= 0:
         return
-    factor = clip_factor(gradients, largest)
+    factor = clip_factor(gradients, largest, squares)
     for gradient in gradients.values():
         gradient.mul_(factor)
 

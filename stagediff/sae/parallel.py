@@ -18,9 +18,10 @@ from stagediff.ranks import RankLostError
 from stagediff.sae.gradients import Gradient
 
 if TYPE_CHECKING:
+    from stagediff.sae.dictionary import SAE
     from stagediff.sae.trainer import Trainer
 
-__all__ = ["Team"]
+__all__ = ["Team", "or_lost"]
 
 T = TypeVar("T")
 
@@ -33,6 +34,9 @@ class Team:
         self.rank = dist.get_rank() if together else 0
         self.size = dist.get_world_size() if together else 1
 
+    splits_features = False
+    """Whether a rank holds some of the features only (`sae.sharded`)."""
+
     def check(self, architecture: str, batch: int) -> None:
         """Raises UserError where a batch cannot be shared out."""
         if self.size == 1:
@@ -40,7 +44,7 @@ class Team:
         if architecture == "batchtopk":
             raise UserError(
                 "batchtopk chooses its active features over the whole batch, which several ranks do not see. Train it on one GPU "
-                "(resources: gpus: 1), or take topk."
+                "(resources: gpus: 1), split its features over them (resources: shard: features), or take topk."
             )
         if batch % self.size:
             raise UserError(
@@ -58,16 +62,48 @@ class Team:
         figures = self.mean(torch.stack([own.loss, own.error, own.sparsity]))
         gradients = {name: self.mean(gradient) for name, gradient in own.gradients.items()}
         fired = own.fired.to(torch.uint8)
-        _or_lost(lambda: dist.all_reduce(fired, dist.ReduceOp.MAX))
+        or_lost(lambda: dist.all_reduce(fired, dist.ReduceOp.MAX))
         return own._replace(loss=figures[0], error=figures[1], sparsity=figures[2], gradients=gradients, fired=fired.bool(), squares=None)
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over ranks, in place."""
         if self.size > 1:
             whole = value if value.is_contiguous() else value.t()  # a sparse training's encoder lies by feature
-            _or_lost(lambda: dist.all_reduce(whole))
+            or_lost(lambda: dist.all_reduce(whole))
             value /= self.size
         return value
+
+    def own(self, sae: "SAE") -> "SAE":
+        """What this rank holds of a dictionary."""
+        return sae
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum over ranks of what each has of its own features: here each has all."""
+        return value
+
+    def l0(self, outcome: Gradient) -> Tensor:
+        """Active features per token of the whole batch."""
+        return self.mean(outcome.l0)
+
+    def over_features(self, share: Tensor) -> Tensor:
+        """A mean over all features from that over this rank's."""
+        return share
+
+    def is_any(self, count: int, device: torch.device) -> bool:
+        """Whether any rank has a count."""
+        return count > 0
+
+    def resume(self, trainer: "Trainer", step: int, tensors: dict[str, Tensor]) -> None:
+        """Puts back a checkpoint; `agree` tells the other ranks."""
+        trainer.restore(step, tensors)
+
+    def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """State of the whole dictionary from each rank's."""
+        return tensors
+
+    def dictionary(self, trainer: "Trainer") -> "SAE | None":
+        """The dictionary as it is now; None at ranks that do not get it."""
+        return trainer.dictionary()
 
     def agree(self, trainer: "Trainer") -> None:
         """Gives every rank the first one's state: where the training was left, or its beginning."""
@@ -76,7 +112,7 @@ class Team:
         device = trainer.parameters["b_dec"].device
         state = {name: value.to(device).contiguous() for name, value in trainer.state().items()} if self.rank == 0 else {}
         told: list[Any] = [trainer.step, {name: (tuple(value.shape), value.dtype) for name, value in state.items()}]
-        _or_lost(lambda: dist.broadcast_object_list(told, src=0))
+        or_lost(lambda: dist.broadcast_object_list(told, src=0))
         step, outline = told
         for name, (shape, dtype) in outline.items():
             value = state[name] if self.rank == 0 else torch.empty(shape, dtype=dtype, device=device)
@@ -89,10 +125,10 @@ class Team:
 def _receive(value: Tensor) -> None:
     """Fills a tensor with the first rank's."""
     if value.numel():
-        _or_lost(lambda: dist.broadcast(value, src=0))
+        or_lost(lambda: dist.broadcast(value, src=0))
 
 
-def _or_lost(call: Callable[[], T]) -> T:
+def or_lost(call: Callable[[], T]) -> T:
     """A call that needs the other ranks: raises RankLostError where one is gone."""
     try:
         return call()

@@ -27,12 +27,12 @@ def gradient(p: dict[str, Tensor], x: Tensor, context: Context) -> Gradient:
     n, weight = len(x), context.sparsity
     forward = encode(p, x, context)
     f = forward.pre.relu_()
-    error, squared = reconstruct(p, x, forward, f)
+    error, squared = reconstruct(p, x, forward, f, context.total)
     scaled = (error * (2 / n)).to(context.compute)
 
     norms = p["W_dec"].norm(dim=1).clamp_min(1e-12)  # [F]
     mass = column_sums(f, x.dtype) / n  # [F] mean activation
-    sparsity = mass @ norms
+    sparsity = context.total(mass @ norms)
 
     W_dec = torch.mm(f.t(), scaled).to(x.dtype)
     W_dec.addcmul_((weight * mass / norms)[:, None], p["W_dec"])

@@ -25,8 +25,8 @@ from stagediff.sae.gradients import Gradient
 from stagediff.sae.initial import MEASURED_TOKENS, fresh, measure
 from stagediff.sae.layout import CFG, OPTIMISER, WEIGHTS, optimiser_state, to_bytes
 from stagediff.sae.metrics import evaluate, explained_variance
-from stagediff.sae.parallel import Team
 from stagediff.sae.revive import REVIVED, REVIVED_COLUMNS, resample
+from stagediff.sae.sharded import team_of
 from stagediff.sae.spec import FinetuneSpec, TrainSpec
 from stagediff.sae.trainer import Trainer
 from stagediff.sae.transport import fit, moments, transport
@@ -87,7 +87,9 @@ def compute(spec: TrainSpec | FinetuneSpec, job: Job) -> dict[str, Any]:
     trainer, record = _begin(spec, job, data)
     trainer.team.agree(trainer)
     _train(spec, job, trainer, data, order, record)
-    sae = trainer.dictionary()
+    sae = trainer.team.dictionary(trainer)
+    assert sae is not None, "the first rank gets it"
+    sae = sae.to(job.device)
     figures = _figures(sae, data, order, spec, job.device)
     cfg, weights = to_bytes(sae, {"hook_name": f"blocks.{data.hook.layer}.hook_{data.hook.site}", "context_size": data.context})
     job.writer.write_table(CURVE, _curve(record.curve), columns=CURVE_COLUMNS)
@@ -95,7 +97,7 @@ def compute(spec: TrainSpec | FinetuneSpec, job: Job) -> dict[str, Any]:
         job.writer.write_table(REVIVED, _revived(record.revived), columns=REVIVED_COLUMNS)
     if spec.keep_optimiser:
         file = job.writer.scratch() / OPTIMISER
-        save_file({name: value.contiguous() for name, value in trainer.optimiser_state().items()}, file)
+        save_file({name: value.contiguous() for name, value in trainer.team.whole(trainer.optimiser_state()).items()}, file)
         job.writer.write_file(OPTIMISER, file)
     job.writer.write_bytes(WEIGHTS, weights)
     job.writer.write_bytes(CFG, cfg)
@@ -104,10 +106,10 @@ def compute(spec: TrainSpec | FinetuneSpec, job: Job) -> dict[str, Any]:
 
 
 def assist(spec: TrainSpec | FinetuneSpec, store: Store, device: str) -> None:
-    """What every rank but the first does of `compute`: its slice of every batch from where the first stands. Writes nothing."""
+    """What every rank but the first does of `compute`: its slice of every batch, or its features, from where the first stands. Writes nothing."""
     data = ActivationReader(store, spec.data)
     order = Order(spec.order_seed, shard_sizes(data))
-    trainer = _trainer(spec, _start(spec, store, data).to(device))
+    trainer = _trainer(spec, _start(spec, store, data), device)
     trainer.team.agree(trainer)
     revivals = _revivals(spec, trainer.steps)
     for x in batches(data, order, spec.budget.batch, trainer.step, trainer.steps, device):
@@ -116,6 +118,13 @@ def assist(spec: TrainSpec | FinetuneSpec, store: Store, device: str) -> None:
         outcome = trainer.train_on(x)
         if _is_row(trainer):
             _row(trainer, x, outcome)
+        if trainer.team.splits_features and _is_checkpoint(spec, trainer):
+            _require_finite(float(outcome.loss), trainer)
+            trainer.team.whole(trainer.state())
+    if trainer.team.splits_features:
+        trainer.team.dictionary(trainer)
+        if spec.keep_optimiser:
+            trainer.team.whole(trainer.optimiser_state())
 
 
 def _steps(spec: TrainSpec | FinetuneSpec) -> int:
@@ -127,10 +136,10 @@ def _steps(spec: TrainSpec | FinetuneSpec) -> int:
     return budget.tokens // budget.batch
 
 
-def _trainer(spec: TrainSpec | FinetuneSpec, sae: SAE) -> Trainer:
+def _trainer(spec: TrainSpec | FinetuneSpec, sae: SAE, device: str) -> Trainer:
     """A training from `sae` on, at step 0."""
-    team = Team()
-    team.check(sae.architecture, spec.budget.batch)
+    team = team_of(spec, sae.architecture, sae.features)
+    sae = team.own(sae).to(device)
     anchor = spec.anchor if isinstance(spec, FinetuneSpec) else 0.0
     dtype = _dtype(spec.compute, sae.W_dec.device)
     return Trainer(sae, spec.budget, _steps(spec), isinstance(spec, TrainSpec), dtype, anchor, team)
@@ -139,20 +148,20 @@ def _trainer(spec: TrainSpec | FinetuneSpec, sae: SAE) -> Trainer:
 def _begin(spec: TrainSpec | FinetuneSpec, job: Job, data: Activations) -> tuple[Trainer, _Record]:
     """The training where it was left, or at step 0."""
     saved = job.writer.training.latest()
-    sae = _start(spec, job.store, data).to(job.device)
+    sae = _start(spec, job.store, data)
     if saved is not None:
         step, tensors, meta = saved
         record = _Record(tensors.pop("curve").tolist(), tensors.pop("revived", torch.zeros(0)).tolist(), meta)
-        trainer = _trainer(spec, sae)
-        trainer.restore(step, tensors)
+        trainer = _trainer(spec, sae, job.device)
+        trainer.team.resume(trainer, step, tensors)
         return trainer, record
     record = _Record([], [], {})
     if isinstance(spec, TrainSpec):
-        return _trainer(spec, sae), record
+        return _trainer(spec, sae, job.device), record
     carried = optimiser_state(job.artifact(spec.start)) if spec.optimiser == "carried" else None
     if spec.paired is not None:
-        sae, record.figures = _transported(spec, job, data, sae)
-    trainer = _trainer(spec, sae)
+        sae, record.figures = _transported(spec, job, data, sae.to(job.device))
+    trainer = _trainer(spec, sae, job.device)
     if carried is not None:
         trainer.carry(carried)
     return trainer, record
@@ -235,7 +244,6 @@ def _train(spec: TrainSpec | FinetuneSpec, job: Job, trainer: Trainer, data: Act
     """Runs the steps that are left; adds to the record."""
     budget, steps, rows = spec.budget, trainer.steps, record.curve
     revivals = _revivals(spec, steps)
-    keep = max(1, spec.checkpoint_tokens // budget.batch)
     first, begin = trainer.step, time.perf_counter()
     stream = batches(data, order, budget.batch, first, steps, job.device)
     with job.progress.task(spec.step, steps * budget.batch, "tokens", done=first * budget.batch) as task:
@@ -250,14 +258,19 @@ def _train(spec: TrainSpec | FinetuneSpec, job: Job, trainer: Trainer, data: Act
                 rows.append(_row(trainer, x, outcome))
                 task.note = f"loss {rows[-1][2]:.3g} ev {rows[-1][5]:.3f}"
             task.advance(len(x))
-            if step % keep == 0 and step < steps:
+            if _is_checkpoint(spec, trainer):
                 _require_finite(float(outcome.loss), trainer)
-                job.writer.training.save(step, {**trainer.state(), **record.tensors()}, record.figures)
+                job.writer.training.save(step, {**trainer.team.whole(trainer.state()), **record.tensors()}, record.figures)
     seconds = time.perf_counter() - begin
     done = (steps - first) * budget.batch
     if trainer.kernels:
         job.notes.update(kernels=trainer.kernels)
     job.notes.update(tokens_this_run=done, training_seconds=round(seconds, 3), tokens_per_second=round(done / seconds) if done else 0)
+
+
+def _is_checkpoint(spec: TrainSpec | FinetuneSpec, trainer: Trainer) -> bool:
+    """Whether the state after the step just done is kept."""
+    return trainer.step % max(1, spec.checkpoint_tokens // spec.budget.batch) == 0 and trainer.step < trainer.steps
 
 
 def _is_row(trainer: Trainer) -> bool:
@@ -270,7 +283,7 @@ def _row(trainer: Trainer, x: Tensor, outcome: Gradient) -> list[float]:
     x = x.float()
     scale = trainer.input_scale
     variance = (x - x.mean(0)).square().sum() / len(x)
-    l0 = trainer.team.mean(outcome.l0)
+    l0 = trainer.team.l0(outcome)
     values = torch.stack([v.double() for v in (outcome.loss, outcome.error, outcome.sparsity, variance, l0, trainer.silent_share())])
     loss, error, sparsity, total, active, dead = values.tolist()
     _require_finite(loss, trainer)

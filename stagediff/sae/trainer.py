@@ -6,6 +6,7 @@ the device: figures stay tensors until someone reads them. The state round-trips
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from stagediff.sae.dictionary import ARCHITECTURES, SAE
 from stagediff.sae.gradients import Context, Gradient
 from stagediff.sae.optimiser import rate
 from stagediff.sae.parallel import Team
+from stagediff.sae.sharded import Shards
 from stagediff.sae.sparse import engine as sparse
 from stagediff.sae.sparse.kernels import Kernels, choose
 from stagediff.sae.spec import Budget
@@ -59,12 +61,16 @@ class Trainer:
             assert s.threshold is not None
             parameters["log_threshold"] = s.threshold.clamp_min(SMALLEST_THRESHOLD).log()
         self._engine: dense.Engine | sparse.Engine
+        shards = self.team if isinstance(self.team, Shards) else None
         if sae.k is None:
             own = gradient or ARCHITECTURES[sae.architecture].gradient
-            self._engine = dense.Engine(parameters, s.config, budget, compute, own)
+            self._engine = dense.Engine(parameters, s.config, budget, compute, own, self.team)
         else:
-            self._engine = sparse.Engine(parameters, s.config, budget, compute, kernels or choose(device, compute))
+            self._engine = sparse.Engine(parameters, s.config, budget, compute, kernels or choose(device, compute), shards)
         self.parameters = self._engine.parameters
+        # Not a second copy of what the engine may hold in another order.
+        held: dict[str, Any] = {name: self.parameters[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+        self._sae = replace(s, **held)
         self._anchor = anchor
         self._home = {name: parameter.clone() for name, parameter in self.parameters.items()} if anchor else {}
         self._smallest = (
@@ -72,6 +78,8 @@ class Trainer:
         )
         self._silent = torch.zeros(sae.features, dtype=torch.int64, device=device)
         self._dead = torch.zeros(0, dtype=torch.int64, device=device)
+        self._some_dead: bool | None = None
+        """Whether any rank has dead features; None: not asked yet."""
 
     @torch.no_grad()
     def train_on(self, x: Tensor) -> Gradient:
@@ -79,7 +87,10 @@ class Trainer:
         config = self._sae.config
         if config.auxk and self.step % DEAD_EVERY == 0:
             self._dead = (self._silent >= config.dead_after).nonzero()[:, 0]
-        dead = self._dead if len(self._dead) else None
+            self._some_dead = None
+        if config.auxk and self._some_dead is None:
+            self._some_dead = self.team.is_any(len(self._dead), self._silent.device)
+        dead = self._dead if self._some_dead else None
         scaled = self.team.slice_of(x).to(self.parameters["b_dec"].dtype) * self._sae.input_scale
         outcome = self.team.reduce(self._engine.gradient(scaled, self.sparsity_weight, dead))
         lr = rate(self.step, self.steps, self.budget)
@@ -100,7 +111,7 @@ class Trainer:
 
         The loss does not tell: a sparse step takes what is positive, so that a feature with NaN weights may just be silent.
         """
-        return bool(torch.stack([value.sum() for value in self.parameters.values()]).isfinite().all())
+        return bool(self.team.total(torch.stack([value.sum() for value in self.parameters.values()])).isfinite().all())
 
     @property
     def input_scale(self) -> float:
@@ -116,7 +127,7 @@ class Trainer:
     def silent_share(self) -> Tensor:
         """Share of features without a firing in the last `dead_after` tokens (or since the start, where that is less)."""
         seen = min(self._sae.config.dead_after, self.step * self.budget.batch)
-        return (self._silent >= seen).double().mean()
+        return self.team.over_features((self._silent >= seen).double().mean())
 
     def dictionary(self) -> SAE:
         """The dictionary as it is now (a copy)."""
@@ -161,6 +172,7 @@ class Trainer:
                     moments[f"adam.{name}.{moment}"].index_fill_(dim, features, 0)
         self._silent[features] = 0
         self._dead = self._dead[~torch.isin(self._dead, features)]
+        self._some_dead = None
 
     def state(self) -> dict[str, Tensor]:
         """Everything the next step depends on, besides data and spec. What an anchor draws to is part of it: the start need not be made again."""
@@ -174,6 +186,7 @@ class Trainer:
         self._engine.restore(tensors)
         device = self._silent.device
         self._silent, self._dead, self._smallest = (tensors[name].to(device) for name in ("silent", "dead", "smallest"))
+        self._some_dead = None
         for name, home in self._home.items():
             home.copy_(tensors[f"home.{name}"])
         self.step = step
