@@ -6,7 +6,8 @@
 The peers want an environment of their own: `python -m venv ENV && ENV/bin/pip install sae-lens dictionary-learning eai-sparsify`, with this machine's
 torch. Activations are sparse mixtures of more directions than the dictionary has features, with Zipf frequencies and noise, of mean norm sqrt(d); decoder and
 encoder start tied at the same random unit rows, b_dec at the data's mean. One line of JSON per run: tokens per second of the median step, FVU on held-out
-activations after all steps, and the memory used beyond data and imports (GPU: peak allocated). With --peers-python at the end a table of medians over the
+activations after all steps, and the memory used beyond data, imports and loaded kernels (GPU: peak allocated). stagediff:free is bf16 with free decoder
+norms, as SAELens has them; the others' rows have norm 1. With --peers-python at the end a table of medians over the
 rounds. A contestant that fails says so and the others go on. On a busy machine `--threads 1 --processor-time` counts the seconds that each computed.
 """
 
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--processor-time", action="store_true", help="of all threads, so with --threads 1")
-    parser.add_argument("--one", help="LIBRARY:VARIANT, in this process; ours is stagediff:bf16 or stagediff:fp32")
+    parser.add_argument("--one", help="LIBRARY:VARIANT, in this process; ours is stagediff:bf16, stagediff:fp32 or stagediff:free")
     parser.add_argument("--peers-python", help="the interpreter of the peers' environment")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--contestants", help="comma-separated, instead of all")
@@ -68,7 +69,7 @@ def main() -> None:
     if given.one:
         print(json.dumps(one(given)), flush=True)
         return
-    names = given.contestants.split(",") if given.contestants else ["stagediff:bf16", "stagediff:fp32", *PEERS]
+    names = given.contestants.split(",") if given.contestants else ["stagediff:bf16", "stagediff:fp32", "stagediff:free", *PEERS]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for _ in range(given.rounds):
         for name in names:
@@ -247,14 +248,25 @@ def stagediff(case: dict[str, Any], variant: str, given: argparse.Namespace) -> 
     from stagediff.sae.spec import Budget, DictionaryConfig
     from stagediff.sae.trainer import Trainer
 
+    compute = torch.float32 if variant == "fp32" else torch.bfloat16
+    kind: dict[str, Any] = (
+        {"architecture": "topk", "k": case["k"]} if case["k"] else {"architecture": "relu", "l1": L1, "initial_norm": 1.0}
+    )
+    if variant == "free":
+        kind["decoder_norm"] = "free"
+    small = fresh(DictionaryConfig(**{**kind, "features": 64, **({"k": 4} if case["k"] else {})}), 1.0, torch.zeros(16), seed=0)
+    Trainer(small.to(given.device), Budget(tokens=1), 1, True, compute).train_on(
+        torch.randn(64, 16, device=given.device)
+    )  # loads the kernels
+
     def run(clock: Clock, begin: dict[str, Tensor]) -> Evaluate:
-        kind = {"architecture": "topk", "k": case["k"]} if case["k"] else {"architecture": "relu", "l1": L1, "initial_norm": 1.0}
         sae = fresh(DictionaryConfig(features=case["features"], **kind), 1.0, begin["b_dec"].cpu(), seed=0).to(given.device)
         sae.W_dec.copy_(begin["W_dec"])
         sae.W_enc.copy_(begin["W_dec"].t())
         sae.b_dec.copy_(begin["b_dec"])
         budget = Budget(tokens=clock.steps * case["batch"], batch=case["batch"], lr=LR, decay=0.0)
-        trainer = Trainer(sae, budget, clock.steps, True, torch.bfloat16 if variant == "bf16" else torch.float32)
+        trainer = Trainer(sae, budget, clock.steps, True, compute)
+        del sae
         for step, x in enumerate(clock):
             if step == clock.steps:
                 break

@@ -172,6 +172,7 @@ class _Lane:
 
     def __init__(self, index: int):
         self.index = index
+        self._is_busy = False
         context = get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, index, log.getEffectiveLevel()), name=f"lane {index}", daemon=True)
@@ -180,6 +181,7 @@ class _Lane:
 
     def compute(self, order: dict[str, Any], progress: Progress) -> None:
         called = order["options"]["name"] or order["step"]
+        self._is_busy = True
         try:
             self._pipe.send(order)
             with progress.shown(), ExitStack() as open_tasks:
@@ -193,9 +195,10 @@ class _Lane:
                         shown[word["name"]].advance(word["done"] - shown[word["name"]].done, word["note"])
                     elif kind == "log":
                         logging.getLogger(word.name).handle(word)
-                    elif kind == "failed":
-                        _raise(called, *word)
                     else:
+                        self._is_busy = False
+                        if kind == "failed":
+                            _raise(called, *word)
                         return
         except (EOFError, OSError) as gone:
             if isinstance(gone, OSError) and self._process.is_alive():
@@ -207,6 +210,8 @@ class _Lane:
 
     def end(self) -> None:
         self._pipe.close()
+        if not self._is_busy:
+            self._process.join(GRACE)  # it reads the end of its orders, and leaves in order
         self._process.terminate()
         self._process.join(GRACE)
         if self._process.is_alive():

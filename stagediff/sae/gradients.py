@@ -6,8 +6,9 @@ than once. Exactness is tested against autograd in float64. Ten d F floating-poi
 activations.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -50,6 +51,8 @@ class Context(NamedTuple):
     """Indices of dead features (AuxK); None: there are none."""
     total: Callable[[Tensor], Tensor] = alone
     """The sum over the ranks among which features are split (`sae.sharded`)."""
+    copies: Mapping[str, Tensor] = MappingProxyType({})
+    """W_enc, W_dec in compute type, where they are at hand."""
 
 
 class Gradient(NamedTuple):
@@ -96,8 +99,8 @@ def encode(p: dict[str, Tensor], x: Tensor, context: Context) -> Forward:
     """Pre-activations of the scaled batch x [B, d] (master type) under parameters p."""
     t = context.compute
     inner = (x - p["b_dec"] if context.config.subtract_b_dec else x).to(t)
-    W_enc = p["W_enc"].to(t)
-    return Forward(inner, torch.addmm(p["b_enc"].to(t), inner, W_enc), W_enc, p["W_dec"].to(t))
+    W_enc, W_dec = (context.copies.get(name, p[name]).to(t) for name in ("W_enc", "W_dec"))
+    return Forward(inner, torch.addmm(p["b_enc"].to(t), inner, W_enc), W_enc, W_dec)
 
 
 def reconstruct(

@@ -3,7 +3,7 @@
 For dictionaries that one device does not hold. Rank r has the features from r F / n on, encodes these alone, and the ranks agree on three things in a
 step: which features are active (topk and batchtopk: each rank's candidates are gathered and the largest of all are kept, equal ones by index as on one
 rank), the reconstruction (a sum over ranks, fp32), and sums of numbers (loss terms, norms). The way back is each feature's own. Selection is exact;
-sums over ranks round differently than one product does, so the result equals one rank's to rounding (decision 009), and bit by bit that of as many ranks.
+sums over ranks round differently than one product does, so the result equals one rank's to rounding (decision 010), and bit by bit that of as many ranks.
 
 Checkpoints, optimiser and dictionary are gathered at the first rank and are those of a training on one: it may go on with another number of ranks.
 """

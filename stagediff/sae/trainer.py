@@ -6,7 +6,7 @@ the device: figures stay tensors until someone reads them. The state round-trips
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from stagediff.sae.optimiser import rate
 from stagediff.sae.parallel import Team
 from stagediff.sae.sharded import Shards
 from stagediff.sae.sparse import engine as sparse
-from stagediff.sae.sparse.kernels import Kernels, choose
+from stagediff.sae.sparse import thresholded
+from stagediff.sae.sparse.kernels import Kernels, ThresholdKernels, choose, choose_for_thresholds
 from stagediff.sae.spec import Budget
 
 __all__ = ["DEAD_EVERY", "Trainer"]
@@ -34,7 +35,7 @@ class Trainer:
 
     `warms_up`: whether the sparsity weight rises from 0 (training from scratch); finetunes keep it constant. `anchor`: how strongly all
     parameters are drawn to where they start (`optimiser.pull`). `team`: the ranks it is shared with; all of them take every step. `kernels`:
-    who computes a sparse step (topk, batchtopk); None: the fastest that works here. `gradient`: another loss of a dense architecture
+    who computes a sparse step (relu, jumprelu: with `above`); None: the fastest that works here. `gradient`: another loss of a dense architecture
     (relu, jumprelu) than its own.
     """
 
@@ -62,7 +63,11 @@ class Trainer:
             parameters["log_threshold"] = s.threshold.clamp_min(SMALLEST_THRESHOLD).log()
         self._engine: dense.Engine | sparse.Engine
         shards = self.team if isinstance(self.team, Shards) else None
-        if sae.k is None:
+        takes_pairs = sae.k is None and gradient is None and not self.team.splits_features
+        found = (cast(ThresholdKernels | None, kernels) or choose_for_thresholds(device, compute)) if takes_pairs else None
+        if found is not None:
+            self._engine = thresholded.Engine(parameters, s.config, budget, compute, found)
+        elif sae.k is None:
             own = gradient or ARCHITECTURES[sae.architecture].gradient
             self._engine = dense.Engine(parameters, s.config, budget, compute, own, self.team)
         else:

@@ -58,6 +58,18 @@ class NumbaKernels:
         cpu_select.chosen_of_all(keys, where, start, least, left, F, *(t.numpy() for t in (feature, value, token, out_start)))
         return Pairs(feature, value, token, out_start), value.min()
 
+    def above(self, pre: Tensor, floor: Tensor, most: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        n = len(pre)
+        patterns, counts = _patterns(pre), torch.empty(n, dtype=torch.int32)
+        self._spread(cpu_select.counted_above, n, 64, patterns, floor.numpy(), counts.numpy())
+        start = np.zeros(n + 1, np.int64)
+        np.cumsum(counts.numpy(), out=start[1:])
+        if start[-1] > most:
+            return counts, None, None
+        feature, value = torch.empty(int(start[-1]), dtype=torch.int32), torch.empty(int(start[-1]))
+        self._spread(cpu_select.gathered_above, n, 64, patterns, floor.numpy(), start, feature.numpy(), value.numpy())
+        return counts, feature, value
+
     def decode(self, weights: Weights, pairs: Pairs, x: Tensor) -> Decoded:
         n, d = x.shape
         error, scaled, squares = torch.empty_like(x), torch.empty_like(x, dtype=weights.compute), torch.empty(n)

@@ -1,4 +1,4 @@
-"""numba: the k largest of each row, or k B of a batch, from one pass over the pre-activations.
+"""numba: the k largest of each row, or k B of a batch, from one pass over the pre-activations; and what passes a threshold, from two.
 
 Features lie in groups: a block of size x 32 of them in 32 groups, group i with i, i + 32, i + 64, … of the block, so that the maxima of 32
 groups at a time come out of plain vector maxima. At least k groups have a maximum as large as the k-th largest maximum, so this is a lower bound
@@ -10,7 +10,7 @@ import numpy as np
 
 from stagediff.sae.sparse.cpu_bits import jitted, widened
 
-__all__ = ["chosen_of_all", "counted", "gathered", "grouped", "largest", "maxima"]
+__all__ = ["chosen_of_all", "counted", "counted_above", "gathered", "gathered_above", "grouped", "largest", "maxima"]
 
 GROUP = 32
 LANES = 32
@@ -211,3 +211,38 @@ def chosen_of_all(keys, where, start, least, left, F, feature, value, token, out
         feature[i] = F
         value[i] = np.float32(0)
         token[i] = n - 1
+
+
+@jitted
+def counted_above(first, last, pre, floor, out):
+    """How many values of rows `first` to `last` are above floor [F] (fp32): out [n] int32."""
+    F = pre.shape[1]
+    for r in range(first, last):
+        count = np.int32(0)
+        for j in range(F):
+            count += np.int32(widened(pre[r, j]) > floor[j])
+        out[r] = count
+
+
+@jitted
+def gathered_above(first, last, pre, floor, start, feature, value):
+    """These values and their features, row r's from start[r] on. Groups of neighbours without any are passed over."""
+    F = np.uint32(pre.shape[1])
+    for r in range(first, last):
+        m, end = start[r], start[r + 1]
+        at = np.uint32(0)
+        while m < end:
+            hits = np.int32(0)
+            if at + np.uint32(GROUP) <= F:
+                for j in range(GROUP):  # of fixed length: vector compares
+                    hits += np.int32(widened(pre[r, at + np.uint32(j)]) > floor[at + np.uint32(j)])
+            else:
+                hits = np.int32(1)
+            stop = min(F, np.uint32(at + np.uint32(GROUP)))
+            if hits > 0:
+                for j in range(at, stop):
+                    if widened(pre[r, j]) > floor[j]:
+                        feature[m] = j
+                        value[m] = widened(pre[r, j])
+                        m += 1
+            at = stop

@@ -11,7 +11,7 @@ from stagediff.errors import UserError
 from stagediff.sae.sparse.pairs import ByFeature, Pairs
 from stagediff.sae.sparse.weights import Weights
 
-__all__ = ["KERNELS", "Decoded", "Extra", "Kernels", "Rows", "Update", "choose"]
+__all__ = ["KERNELS", "Decoded", "Extra", "Kernels", "Rows", "ThresholdKernels", "Update", "choose", "choose_for_thresholds"]
 
 log = logging.getLogger("stagediff")
 
@@ -114,6 +114,17 @@ class Kernels(Protocol):
         ...
 
 
+class ThresholdKernels(Kernels, Protocol):
+    """Kernels that find what passes a threshold: how many that is is looked at, so a GPU would be waited for."""
+
+    def above(self, pre: Tensor, floor: Tensor, most: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What lies above `floor` [F] of pre [n, F]: its number for every token [n] int32, features [P] int32 and values [P] by token and feature.
+
+        None for both where there are more than `most` in all.
+        """
+        ...
+
+
 def choose(device: torch.device, compute: torch.dtype) -> Kernels:
     """The fastest kernels for this device that work here. Falls back with one warning, which says what is missing."""
     from stagediff.sae.sparse.reference import Reference
@@ -145,3 +156,13 @@ def choose(device: torch.device, compute: torch.dtype) -> Kernels:
             error,
         )
         return Reference()
+
+
+def choose_for_thresholds(device: torch.device, compute: torch.dtype) -> ThresholdKernels | None:
+    """Kernels for the sparse steps of relu and jumprelu; None where dense ones are faster: on a GPU, and in plain torch."""
+    if device.type != "cpu":
+        return None
+    from stagediff.sae.sparse.cpu import NumbaKernels
+
+    chosen = choose(device, compute)
+    return chosen if isinstance(chosen, NumbaKernels) else None

@@ -45,6 +45,14 @@ class Reference:
     def largest_of_all(self, pre: Tensor, count: int) -> tuple[Pairs, Tensor]:
         return largest_of_all(pre, count, lambda values, size: _patterns(values).view(len(values), -1, size).amax(2))
 
+    def above(self, pre: Tensor, floor: Tensor, most: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        wide = pre.to(torch.promote_types(pre.dtype, torch.float32))
+        passes = wide > floor
+        counts = passes.sum(1).int()
+        if int(counts.sum()) > most:
+            return counts, None, None
+        return counts, passes.nonzero()[:, 1].int(), wide[passes]
+
     def decode(self, weights: Weights, pairs: Pairs, x: Tensor) -> Decoded:
         W_dec, b_dec = weights.rows["W_dec"], weights.rows["b_dec"]
         feature = pairs.feature.clamp_max(weights.features - 1)
@@ -54,7 +62,7 @@ class Reference:
         error = x_hat.detach() + b_dec - x
         scaled = error * (2 / len(x))
         (g,) = torch.autograd.grad(x_hat, value, scaled)
-        return Decoded(error, scaled, error.square().sum(1), error.sum(0), g * (pairs.value > 0))
+        return Decoded(error, scaled, error.square().sum(1), error.sum(0), g * (pairs.feature < weights.features))
 
     def by_feature(self, pairs: Pairs, features: int) -> ByFeature:
         feature, order = torch.sort(pairs.feature, stable=True)
