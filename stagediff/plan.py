@@ -91,7 +91,8 @@ class Plan:
         missing = []
         for node in reversed(self.nodes):
             state = states[node.ref]
-            if state not in (State.COMPLETE, State.EVICTED) or (state is State.EVICTED and node.ref in read):
+            is_needed = node.ref in read and not node.spec.is_made_by_readers
+            if state not in (State.COMPLETE, State.EVICTED) or (state is State.EVICTED and is_needed):
                 missing.append(node)
                 read.update(node.spec.refs() if node.spec.reads_bulk else ())
         return missing[::-1]

@@ -83,6 +83,11 @@ class Spec(Value):
     """False for a step that needs no activation of the artifacts it names but those that a plan keeps for good (the report)."""
 
     @property
+    def is_made_by_readers(self) -> bool:
+        """Whether the bulk data are not stored: what reads the artifact makes what it reads by itself."""
+        return False
+
+    @property
     def key(self) -> str:
         """Shortened sha256 of step, version and identity."""
         body = canonical_json({"step": self.step, "version": self.version, "spec": self.identity()})

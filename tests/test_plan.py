@@ -222,3 +222,28 @@ def test_a_report_does_not_hold_activations_back(finished_run, tmp_path):
     assert [n.name for n in plan.missing(store)] == ["report"]
     execute(plan, store, device="cpu", keep="tables")
     assert store.artifact(plan["report"].ref).manifest.data() == finished_run[1].artifact(plan["report"].ref).manifest.data()
+
+
+def test_a_run_that_stores_no_activations_gives_the_same_dictionaries(finished_run, tmp_path):
+    """Only held-out rows' lie on disk; what was trained has the bytes of a run that stored them, and the run is done when it is done."""
+    stored, expected = finished_run
+    store = Store(tmp_path / "streamed")
+    plan = plan_of(store.root, harvest={"shard_mib": 1, "stored": False})
+    assert {n.name for n in plan if n.ref not in {m.ref for m in stored}} == {"report"}, "which shows the config"
+    for node in stored:  # so that models and rows are the same files
+        if node.spec.kind in ("tokenizers", "tokens", "models"):
+            shutil.copytree(f"{expected.root}/{node.ref}", f"{store.root}/{node.ref}")
+    done = []
+    execute(plan, store, device="cpu", on_done=lambda node: done.append(node.name))
+    assert len(done) == len(set(done))
+    assert plan.missing(store) == []
+    for node in plan:
+        if node.spec.kind == "dictionaries":
+            assert store.artifact(node.ref).manifest.data() == expected.artifact(node.ref).manifest.data(), node.name
+        if node.spec.kind == "activations":
+            assert bool(store.artifact(node.ref).names("data")) == ("heldout" in node.name)
+    again = plan_of(store.root)
+    assert [n.name for n in again.missing(store)] == ["report"]
+    store.remove(again["finetune-D"].ref)
+    assert [n.name for n in again.missing(store)] == ["harvest-base", "harvest-base-new", "finetune-D", "report"], "to be stored now"
+    assert [n.name for n in plan.missing(store)] == ["finetune-D"]

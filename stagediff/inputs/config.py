@@ -109,6 +109,8 @@ class HarvestConfig(Value):
     skip_positions: tuple[int, ...] = (0,)
     batch_rows: int = Field(64, ge=1)
     shard_mib: int = Field(32, ge=1, le=96)
+    stored: bool = True
+    """False: what is trained on is not written to disk; each training and measurement runs the model over it again. Held-out and probe rows are stored."""
 
 
 class TrainConfig(Budget):

@@ -116,6 +116,7 @@ class Inputs:
             skip_positions=tuple(sorted(set(h.skip_positions))),
             batch_rows=h.batch_rows,
             shard_rows=shard_rows,
+            stored=h.stored or keep,
         )
         return self.plan.add(name, spec, keep=keep)
 

@@ -16,7 +16,8 @@ from stagediff.errors import UserError
 from stagediff.lm.spec import ActivationData, HarvestSpec, HookPoint, MixSpec, ModelSource, TokensSpec
 
 if TYPE_CHECKING:
-    from stagediff.store import Store
+    from stagediff.lm.streamed import StreamedArray
+    from stagediff.store import Artifact, Store
     from stagediff.store.shards import ArrayReader
 
 __all__ = ["ActivationReader", "kept_positions"]
@@ -31,12 +32,12 @@ class ActivationReader:
     """Activations of `data.rows` token rows at one hook point, in shards of whole rows.
 
     Shard boundaries are the base artifact's. With `only` a shard holds just its new (replaced) or just its base rows, maybe none.
-    `read_shard(i)`, `locate(i)` belong together row by row.
+    `read_shard(i)`, `locate(i)` belong together row by row. Where activations are not stored the model makes them, on `device`.
     """
 
-    def __init__(self, store: "Store", data: ActivationData):
+    def __init__(self, store: "Store", data: ActivationData, device: str = "cpu"):
         self.data = data
-        self._store = store
+        self._store, self._device = store, device
         self._base = store.artifact(data.base).require()
         spec = self._base.spec()
         assert isinstance(spec, HarvestSpec)
@@ -49,7 +50,7 @@ class ActivationReader:
         self.context = token_spec.context
         self.positions = kept_positions(self.context, spec.skip_positions)
         self.tokens_per_row = len(self.positions)
-        self._array = self._base.array("data")
+        self._array = self._array_of(self._base, spec)
         self.d = int(self._array.shape[1])
         self._replaced = np.empty(0, np.int64)
         self._new_rows = np.empty(0, np.int64)
@@ -160,7 +161,14 @@ class ActivationReader:
                 f"The mix {data.mix} needs {int(self._new_rows.max()) + 1:,} new rows for its first {data.rows:,} rows, but {data.new} "
                 f"holds activations of {new_spec.rows:,}. Harvest more new rows."
             )
-        self._new_array = new.array("data")
+        self._new_array = self._array_of(new, new_spec)
+
+    def _array_of(self, artifact: "Artifact", spec: HarvestSpec) -> "ArrayReader | StreamedArray":
+        if type(spec) is HarvestSpec and artifact.manifest.evicted:
+            from stagediff.lm.streamed import StreamedArray
+
+            return StreamedArray(self._store, spec, self.positions, self._device)
+        return artifact.array("data")
 
     def _check_together(self, data: ActivationData, mix: MixSpec, new: HarvestSpec) -> None:
         """Base, new and mix must speak of the same rows, model and hook point."""

@@ -6,7 +6,7 @@ from stagediff.lm.spec import ActivationData, HarvestSpec, ModelSource, TokensSp
 from stagediff.plan import Plan
 from stagediff.spec import Ref
 
-__all__ = ["activation_shape", "harvest", "layer_flops", "model_dims", "spec_of", "tokens"]
+__all__ = ["activation_shape", "harvest", "layer_flops", "model_dims", "reading_flops", "spec_of", "tokens"]
 
 
 def tokens(spec: TokensSpec, plan: Plan) -> Estimate:
@@ -17,9 +17,18 @@ def tokens(spec: TokensSpec, plan: Plan) -> Estimate:
 def harvest(spec: HarvestSpec, plan: Plan) -> Estimate:
     d, _ = model_dims(spec.model, plan)
     context = spec_of(spec.tokens, plan).context
+    if not spec.stored:
+        n = min(spec.rows, spec.shard_rows) * context
+        return Estimate(tokens=n, flops=n * spec.hook.layer * layer_flops(d))
     n = spec.rows * context
     kept = spec.rows * (context - len(spec.skip_positions))
     return Estimate(tokens=n, bytes=2 * kept * d, flops=n * spec.hook.layer * layer_flops(d))
+
+
+def reading_flops(data: ActivationData, plan: Plan) -> float:
+    """Operations per token that reading takes: the model's, where activations are not stored."""
+    spec = spec_of(data.base, plan)
+    return spec.hook.layer * layer_flops(model_dims(spec.model, plan)[0]) if spec.is_made_by_readers else 0.0
 
 
 def activation_shape(data: ActivationData, plan: Plan) -> tuple[int, int, int]:

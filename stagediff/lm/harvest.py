@@ -39,7 +39,7 @@ AHEAD_ON_CUDA = 1
 def compute(spec: HarvestSpec, job: "Job") -> dict[str, Any] | None:
     """Writes array `data` (bf16 as uint16) [rows * kept positions, d]; None while other workers' shards are missing.
 
-    Figures: tokens, d, mean_norm, max_norm and mean_norm_per_sqrt_d of the stored vectors.
+    Figures: tokens, d, mean_norm, max_norm and mean_norm_per_sqrt_d of the stored vectors (where none are to be stored, of measured_tokens).
     Raises UserError: not enough rows, token ids the model does not know, NaN or infinity in the activations.
     """
     tokens = job.artifact(spec.tokens)
@@ -62,6 +62,8 @@ def compute(spec: HarvestSpec, job: "Job") -> dict[str, Any] | None:
     kept = kept_positions(token_spec.context, spec.skip_positions)
     per_row = len(kept)
     n = spec.rows * per_row
+    if not spec.stored:
+        return {"tokens": n, "d": d, **_looked_at(spec, job, rows.read_rows(0, min(spec.shard_rows, spec.rows)), kept, d)}
     shard_tokens = spec.shard_rows * per_row
     array = job.writer.array(
         "data",
@@ -104,6 +106,20 @@ def compute(spec: HarvestSpec, job: "Job") -> dict[str, Any] | None:
             "seconds_waited_for_writer": round(waited, 3),
         }
     return {"tokens": n, "d": d, **_norms(job.writer, array, d)} if array.is_complete else None
+
+
+def _looked_at(spec: HarvestSpec, job: "Job", ids: np.ndarray, kept: np.ndarray, d: int) -> dict[str, Any]:
+    """Figures of the first shard, of a harvest that is not stored: what is wrong with the model or the rows is known before a training begins."""
+    job.writer.leaves_bulk_out = True
+    with job.progress.task("harvest", len(ids) * len(kept), "tokens") as task:
+        loaded = load_model(spec.model, job.store, precision=spec.precision, device=job.device, upto=spec.hook)
+        _check_ids(ids, loaded, spec)
+        block = torch.empty(len(ids) * len(kept), d, dtype=torch.bfloat16)
+        norms = forward_shard(loaded, spec.hook, ids, kept, spec.batch_rows, block, advance=task.advance)
+    if not bool(torch.isfinite(norms).all()):
+        _explain(loaded, spec, ids, block, 0, len(kept))
+    mean = float(norms.double().mean())
+    return {"measured_tokens": len(block), "mean_norm": mean, "max_norm": float(norms.max()), "mean_norm_per_sqrt_d": mean / d**0.5}
 
 
 def chunk_rows(shard_rows: int, d: int) -> int:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from stagediff.spec import Later, Ref, Spec, Value, Where
+from stagediff.spec import Later, NotInKey, Ref, Spec, Value, Where
 
 __all__ = [
     "ActivationData",
@@ -148,6 +148,12 @@ class HarvestSpec(Spec):
     """Rows per forward pass (in the key: a matmul's shape may change its last bits)."""
     shard_rows: int
     """Token rows per shard; a multiple of batch_rows."""
+    stored: Annotated[bool, NotInKey()] = True
+    """False: whoever reads activations runs the model (`lm.streamed`), to the same values; the artifact holds figures of the first shard alone."""
+
+    @property
+    def is_made_by_readers(self) -> bool:
+        return not self.stored
 
     @property
     def width(self) -> int | None:

@@ -4,7 +4,7 @@ from functools import partial
 from typing import Any
 
 from stagediff.estimate import Estimate
-from stagediff.lm.estimate import activation_shape, layer_flops, model_dims, spec_of
+from stagediff.lm.estimate import activation_shape, layer_flops, model_dims, reading_flops, spec_of
 from stagediff.plan import Plan
 from stagediff.sae.spec import DictionaryConfig, FinetuneSpec, QualitySpec, StatisticsSpec, TrainSpec
 from stagediff.spec import Ref
@@ -25,7 +25,8 @@ def training(spec: TrainSpec | FinetuneSpec, plan: Plan) -> Estimate:
     dictionary = _config(spec, plan)
     memory = partial(training_memory, spec, dictionary, d) if dictionary else None
     stored = 24 if spec.keep_optimiser else 8  # fp32 encoder and decoder, and two moments of each
-    return Estimate(tokens=spec.budget.tokens, bytes=stored * d * features, flops=10.0 * d * features * spec.budget.tokens, memory=memory)
+    flops = (10.0 * d * features + reading_flops(spec.data, plan)) * spec.budget.tokens
+    return Estimate(tokens=spec.budget.tokens, bytes=stored * d * features, flops=flops, memory=memory)
 
 
 def training_memory(spec: TrainSpec | FinetuneSpec, dictionary: DictionaryConfig, d: int, ranks: int = 1, shard: str = "batch") -> int:
@@ -62,7 +63,7 @@ def _config(spec: TrainSpec | FinetuneSpec, plan: Plan) -> DictionaryConfig | No
 def statistics(spec: StatisticsSpec, plan: Plan) -> Estimate:
     n, d, _ = activation_shape(spec.data, plan)
     features = features_of(spec.dictionary, plan)
-    return Estimate(tokens=n, bytes=features * (8 * spec.top + 60), flops=4.0 * d * features * n)
+    return Estimate(tokens=n, bytes=features * (8 * spec.top + 60), flops=(4.0 * d * features + reading_flops(spec.data, plan)) * n)
 
 
 def quality(spec: QualitySpec, plan: Plan) -> Estimate:

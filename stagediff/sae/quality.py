@@ -37,7 +37,7 @@ def compute(spec: QualitySpec, job: "Job") -> dict[str, Any]:
 
     from stagediff.sae.dictionary import SAE
 
-    reader = ActivationReader(job.store, spec.data)
+    reader = ActivationReader(job.store, spec.data, job.device)
     if reader.model.identity() != spec.model.identity():
         raise UserError(
             f"The quality step names another model than the one its activations {spec.data.base} come from. Plan the run again so that "

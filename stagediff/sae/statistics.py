@@ -43,7 +43,7 @@ def compute(spec: StatisticsSpec, job: "Job") -> dict[str, Any]:
     from stagediff.sae.dictionary import SAE
 
     sae = SAE.load(job.artifact(spec.dictionary)).to(job.device)
-    reader = ActivationReader(job.store, spec.data)
+    reader = ActivationReader(job.store, spec.data, job.device)
     if sae.d != reader.d:
         raise UserError(
             f"The dictionary {spec.dictionary} reads {sae.d} numbers per token, but the activations {spec.data.base} have {reader.d}: "

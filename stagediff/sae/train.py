@@ -80,7 +80,7 @@ def compute(spec: TrainSpec | FinetuneSpec, job: Job) -> dict[str, Any]:
     decoder_norm_mean / _min / _max in scaled units. Raises UserError when the budget is under one batch, when start and data do not fit, when
     the start lacks what the spec takes from it, when the paired activations are not of the same rows, and when data or loss are not finite.
     """
-    data = ActivationReader(job.store, spec.data)
+    data = ActivationReader(job.store, spec.data, job.device)
     budget = spec.budget
     steps = _steps(spec)
     order = Order(spec.order_seed, shard_sizes(data))
@@ -107,7 +107,7 @@ def compute(spec: TrainSpec | FinetuneSpec, job: Job) -> dict[str, Any]:
 
 def assist(spec: TrainSpec | FinetuneSpec, store: Store, device: str) -> None:
     """What every rank but the first does of `compute`: its slice of every batch, or its features, from where the first stands. Writes nothing."""
-    data = ActivationReader(store, spec.data)
+    data = ActivationReader(store, spec.data, device)
     order = Order(spec.order_seed, shard_sizes(data))
     trainer = _trainer(spec, _start(spec, store, data), device)
     trainer.team.agree(trainer)
@@ -191,7 +191,7 @@ def _start(spec: TrainSpec | FinetuneSpec, store: Store, data: Activations) -> S
 def _transported(spec: FinetuneSpec, job: Job, data: Activations, sae: SAE) -> tuple[SAE, dict[str, Any]]:
     """The start, which still has the scale it ends up with, in the coordinates of this data; and what the maps explain."""
     assert spec.paired is not None
-    before, scale = ActivationReader(job.store, spec.paired), SAE.load(job.artifact(spec.start)).input_scale
+    before, scale = ActivationReader(job.store, spec.paired, job.device), SAE.load(job.artifact(spec.start)).input_scale
     assert isinstance(data, ActivationReader)
     if not before.is_paired_with(data):
         raise UserError(

@@ -59,6 +59,8 @@ class Writer:
         self._arrays: dict[str, ArrayWriter] = {}
         self._records: dict[str, FileRecord] = {}
         self._holds_lock = False
+        self.leaves_bulk_out = False
+        """Set by a step that stores no arrays where readers would expect some: the artifact is complete and EVICTED from the start."""
         self.training = TrainingCheckpoints(objects, self.ref, self._hold_lock)
         """Training checkpoints. The first use waits until no other live process trains the same artifact."""
 
@@ -306,6 +308,7 @@ class Writer:
                 seconds=round(sum(w.seconds for w in writers), 3),
                 forced=self._mark(),
                 inputs=inputs,
+                evicted=self.leaves_bulk_out,
             )
             if replaces is not None:
                 manifest.same_bytes = manifest.data() == replaces.data()

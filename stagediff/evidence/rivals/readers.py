@@ -23,8 +23,8 @@ __all__ = ["Differences", "SideBySide"]
 class _Two:
     """Base and finetuned, shard by shard; raises UserError where they are not of the same rows."""
 
-    def __init__(self, store: "Store", base: "ActivationData", finetuned: "ActivationData"):
-        self.base, self.finetuned = ActivationReader(store, base), ActivationReader(store, finetuned)
+    def __init__(self, store: "Store", base: "ActivationData", finetuned: "ActivationData", device: str = "cpu"):
+        self.base, self.finetuned = (ActivationReader(store, data, device) for data in (base, finetuned))
         if not self.base.is_paired_with(self.finetuned):
             raise UserError(
                 f"The activations {base.base} (base model) and {finetuned.base} (finetuned model) are not of the same token rows, positions and width, so "

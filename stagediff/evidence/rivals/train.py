@@ -47,7 +47,7 @@ def compute(spec: CrosscoderSpec, job: Job) -> dict[str, Any]:
     architecture = spec.dictionary.architecture
     if architecture not in ("relu", "batchtopk"):
         raise UserError(f"A crosscoder is relu or batchtopk; dictionary.architecture is {architecture}. Choose one of the two.")
-    data = SideBySide(job.store, spec.base, spec.finetuned)
+    data = SideBySide(job.store, spec.base, spec.finetuned, job.device)
     scale, mean = measure_apart(data)
     shared = round(spec.shared * spec.dictionary.features) if architecture == "relu" else 0
     sae = start(spec.dictionary, scale, mean, spec.seed).to(job.device)
@@ -79,7 +79,7 @@ def compute(spec: CrosscoderSpec, job: Job) -> dict[str, Any]:
 
 def compute_difference(spec: DifferenceSpec, job: Job) -> dict[str, Any]:
     """A dictionary of the differences, in SAELens' layout and raw units; curve.parquet. Raises as `compute`, and where both models are the same."""
-    data = Differences(job.store, spec.base, spec.finetuned)
+    data = Differences(job.store, spec.base, spec.finetuned, job.device)
     try:
         scale, mean = measure(data)
     except UserError:
