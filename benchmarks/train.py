@@ -3,12 +3,13 @@
     python benchmarks/train.py --threads 2                                # relu, d 128, F 1,024, batch 2,048, bf16
     python benchmarks/train.py --architecture topk --case A --threads 2   # d 512, F 16,384, k 32, batch 4,096; B: d 128, F 1,024, k 16, batch 2,048
     python benchmarks/train.py --case C --threads 2                       # relu at the shape of A
+    python benchmarks/train.py --case C --active 64                       # the same, where 64 features are active per token
 
 Prints one line of JSON: tokens per second of the median and the best step (on a busy machine only the best means much), of the floor, and the
-share of the floor that the training reaches. relu, jumprelu: the floor is the five matrix products of a dense step. topk, batchtopk: every set of
-kernels that works here takes turns, step by step, and with topk the dense algebra in torch beside them; the floor is the encoder's product and a copy of
-as many bytes as Adam reads and writes. Data are in memory; nothing is read. On a busy machine `--threads 1 --processor-time` counts the seconds that
-this process computed.
+share of the floor that the training reaches. Every set of kernels that works here takes turns, step by step, and the dense algebra in torch beside them
+(batchtopk has none). The floor is the encoder's product and a copy of as many bytes as Adam reads and writes; of relu and jumprelu, which begin dense, the five
+matrix products of a dense step, but with --active. Data are in memory; nothing is read. On a busy machine `--threads 1 --processor-time` counts the
+seconds that this process computed.
 """
 
 import argparse
@@ -17,12 +18,14 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from gpu_train import dense_step
 from torch import Tensor
 
 from stagediff.numerics import reuse_freed_memory
+from stagediff.sae.dictionary import ARCHITECTURES
 from stagediff.sae.initial import fresh
 from stagediff.sae.sparse.kernels import Kernels, choose
 from stagediff.sae.sparse.reference import Reference
@@ -46,6 +49,9 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=1024)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--batch", type=int, default=2048)
+    parser.add_argument(
+        "--active", type=int, help="relu, jumprelu: about so many features per token, instead of an untrained dictionary's half"
+    )
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compute", default="bf16", choices=["bf16", "fp32"])
@@ -58,10 +64,13 @@ def main() -> None:
     dtype = torch.bfloat16 if a.compute == "bf16" else torch.float32
     generator = torch.Generator().manual_seed(1)  # not the start's seed: the start would be the answer
     data = [torch.randn(a.batch, a.d, generator=generator).bfloat16().to(a.device) for _ in range(8)]
-    is_sparse = a.architecture in ("topk", "batchtopk")
-    works = {
-        name: stepping(a, dtype, kernels, data) for name, kernels in (kernels_here(a.device, dtype) if is_sparse else {"": None}).items()
-    }
+    has_k = a.architecture in ("topk", "batchtopk")
+    is_sparse = has_k or a.active is not None
+    if has_k:
+        works = {name: stepping(a, dtype, kernels, data) for name, kernels in kernels_here(a.device, dtype).items()}
+    else:
+        works = {"pairs": stepping(a, dtype, None, data)} if a.active else {}
+        works["dense"] = stepping(a, dtype, None, data, gradient=ARCHITECTURES[a.architecture].gradient)
     if a.architecture == "topk" and dtype == torch.bfloat16:
         dense = dense_step(a.d, a.features, a.k, torch.device(a.device))
         works["dense"] = lambda i: dense(data[i % len(data)].float())
@@ -72,7 +81,7 @@ def main() -> None:
         json.dumps(
             {
                 **vars(a),
-                **({"kernels": found} if is_sparse else found[""]),
+                "kernels": found,
                 "floor": round(a.batch / statistics.median(bound)),
                 "floor_best": round(a.batch / min(bound)),
                 "load": round(os.getloadavg()[0], 2),
@@ -86,10 +95,17 @@ def kernels_here(device: str, dtype: torch.dtype) -> dict[str, Kernels]:
     return {kernels.name: kernels for kernels in (choose(torch.device(device), dtype), Reference())}
 
 
-def stepping(a: argparse.Namespace, dtype: torch.dtype, kernels: Kernels | None, data: list[Tensor]) -> Callable[[int], object]:
+def stepping(
+    a: argparse.Namespace, dtype: torch.dtype, kernels: Kernels | None, data: list[Tensor], **more: Any
+) -> Callable[[int], object]:
     """Steps of a training that begins anew."""
     sae = fresh(DictionaryConfig(architecture=a.architecture, features=a.features, k=a.k), 1.0, torch.zeros(a.d), seed=0).to(a.device)
-    trainer = Trainer(sae, Budget(tokens=a.steps * a.batch, batch=a.batch), a.steps, True, dtype, kernels=kernels)
+    lr = 4e-4
+    if a.active:
+        pre = data[0][:256].float() @ sae.W_enc + sae.b_enc
+        sae.b_enc -= pre.flatten().kthvalue(pre.numel() - 256 * a.active).values - (0 if sae.threshold is None else sae.threshold)
+        lr = 1e-9  # so that it stays like that
+    trainer = Trainer(sae, Budget(tokens=a.steps * a.batch, batch=a.batch, lr=lr), a.steps, True, dtype, kernels=kernels, **more)
     return lambda i: trainer.train_on(data[i % len(data)])
 
 

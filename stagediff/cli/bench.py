@@ -23,9 +23,10 @@ TRAINING = {
     "A": ["--architecture", "topk", "--case", "A"],
     "B": ["--architecture", "topk", "--case", "B"],
     "C": ["--architecture", "relu", "--case", "C"],
+    "C, 64 active": ["--architecture", "relu", "--case", "C", "--active", "64"],
 }
 """Case -> options of benchmarks/train.py; a step of A and C takes about a second on two cores."""
-STEPS = {"A": "12", "B": "100", "C": "8"}
+STEPS = {"A": "12", "B": "100", "C": "8", "C, 64 active": "8"}
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
@@ -52,7 +53,7 @@ def bench(
         )
     here = machine()
     if what == "train":
-        rows = [row for name in ([case] if case else TRAINING) for row in _training(name, threads)]
+        rows = [row for name in _cases(case) for row in _training(name, threads)]
     elif what == "peers":
         rows = _peers(case or "A", peers_python, threads)
     elif what == "harvest":
@@ -84,12 +85,19 @@ def machine() -> dict[str, Any]:
     }
 
 
+def _cases(case: str) -> list[str]:
+    found = [name for name in TRAINING if not case or name[0] == case]
+    if not found:
+        raise UserError(f"bench train measures the cases A, B and C, not {case!r}.")
+    return found
+
+
 def _training(case: str, threads: int) -> list[dict[str, Any]]:
-    if case not in TRAINING:
-        raise UserError(f"bench train measures the cases {', '.join(TRAINING)}, not {case!r}.")
     (found,) = _run("train.py", *TRAINING[case], "--steps", STEPS[case], "--threads", str(threads))
-    shape = f"d {found['d']}, F {found['features']:,}" + (f", k {found['k']}" if case != "C" else ", L1") + f", batch {found['batch']:,}"
-    kernels = found.get("kernels") or {"torch": found}
+    shape = (
+        f"d {found['d']}, F {found['features']:,}" + (f", k {found['k']}" if case in ("A", "B") else ", L1") + f", batch {found['batch']:,}"
+    )
+    kernels = found["kernels"]
     rows = [
         {"case": case, "shape": shape, "kernels": name} | {k: v for k, v in speeds.items() if k in _SPEEDS}
         for name, speeds in kernels.items()
