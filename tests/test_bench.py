@@ -44,7 +44,7 @@ def test_training_is_shown_with_the_floor_and_the_machine(command, capsys):
     ("words", "code", "said"),
     [
         (("train", "--case", "Z"), 2, "none of A, B, C"),
-        (("train", "--case", "gpu"), 2, "measures the cases A, B, C"),
+        (("train", "--case", "gpu"), 2, "measures the cases A, B and C"),
         (("peers",), 2, "--peers-python"),
         (("harvest",), 2, "clone the repository"),
     ],
