@@ -7,7 +7,7 @@ RUN_DEMO := runs/demo
 .PHONY: help setup setup-dev demo test check soak deploy clean
 
 help:
-	@echo "make demo    set up, run the built-in case, write the report (about 10 minutes on two cores, installation aside)"
+	@echo "make demo    set up, run the built-in case, write the report (about 7 minutes on two cores, installation aside)"
 	@echo "make test    set up, run the tests"
 	@echo "make check   lint, types, import contracts"
 	@echo "make deploy  register all flows with the Prefect API that PREFECT_API_URL names (POOLS, GPUS, DEPLOY_OPTIONS: see infra/README.md)"
