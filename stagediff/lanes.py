@@ -14,7 +14,7 @@ import queue
 import signal
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from contextvars import copy_context
@@ -23,13 +23,14 @@ from typing import Any
 
 from stagediff import ranks, steps
 from stagediff.errors import DamagedError, StagediffError, UserError
-from stagediff.plan import Node, Run
+from stagediff.plan import Node, Plan, Run
+from stagediff.plan import execute as one_by_one
 from stagediff.progress import Progress, Task
 from stagediff.ranks.launch import RankLostError, ranks_here
 from stagediff.spec import Ref, Spec
 from stagediff.store import Store
 
-__all__ = ["Lanes", "execute", "run"]
+__all__ = ["Lanes", "execute", "execute_plan", "run"]
 
 log = logging.getLogger("stagediff")
 
@@ -48,7 +49,7 @@ def run(spec: Spec, store: Store, **options: Any) -> Ref:
 
 
 def execute(run: Run, count: int, compute: Callable[[Node], Any], on_done: Callable[[Node], Any] | None = None) -> None:
-    """Runs what is missing of a plan, `count` steps at a time; of those that could start, what most others wait for comes first.
+    """Runs what is missing of a plan, `count` steps at a time; of those that could start, the one with the longest chain after it comes first.
 
     `compute(node)` is called in a thread of its own and calls `run` of this module. Where a step fails, those beside it come to their end, no other is
     started, and its error is raised.
@@ -76,6 +77,24 @@ def execute(run: Run, count: int, compute: Callable[[Node], Any], on_done: Calla
             raise
     if failed is not None:
         raise failed
+
+
+def execute_plan(
+    plan: Plan,
+    store: Store,
+    jobs: int = 1,
+    *,
+    device: str = "auto",
+    force: Iterable[str] = (),
+    keep: str = "all",
+    progress: Progress | None = None,
+) -> None:
+    """Runs what is missing of a plan, without Prefect: `jobs` steps at a time, or one after the other in this process."""
+    if jobs == 1:
+        one_by_one(plan, store, device=device, force=force, keep=keep, progress=progress)
+        return
+    going = Run(plan, store, force=force, keep=keep)
+    execute(going, jobs, lambda node: run(node.spec, store, device=device, force=going.is_forced(node), name=node.name, progress=progress))
 
 
 def _startable(run: Run, going: dict[Future[Any], Node], count: int) -> list[Node]:

@@ -15,7 +15,7 @@ from stagediff.cli.options import AsJson, ConfigFile, Device, Force, Jobs, Runne
 from stagediff.cli.output import count, print_json, seconds, size
 from stagediff.config import RunConfig, make_plan
 from stagediff.errors import DamagedError, UserError
-from stagediff.plan import Plan, Run, execute
+from stagediff.plan import Plan
 from stagediff.store import Store
 
 __all__ = ["builtin_config", "demo", "plan", "report", "run", "start"]
@@ -155,11 +155,7 @@ def _naming_steps(made: Plan) -> Iterator[None]:
 def start(config: RunConfig, made: Plan, store: Store, device: str, force: list[str], runner: str, jobs: int = 1) -> None:
     """Runs what is missing of a plan, as the runner does it."""
     if runner == "plain":
-        if jobs > 1:
-            run = Run(made, store, force=force, keep=config.keep)
-            lanes.execute(run, jobs, lambda node: lanes.run(node.spec, store, device=device, force=run.is_forced(node), name=node.name))
-        else:
-            execute(made, store, device=device, force=force, keep=config.keep)
+        lanes.execute_plan(made, store, jobs, device=device, force=force, keep=config.keep)
         return
     found = entry_points(group="stagediff.runners", name=runner)
     if not found:

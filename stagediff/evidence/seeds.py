@@ -49,9 +49,9 @@ FIGURES = {
 
 
 def seeds(
-    config: "RunConfig", seeds: Iterable[int], store: "Store", *, device: str = "auto", progress: "Progress | None" = None
+    config: "RunConfig", seeds: Iterable[int], store: "Store", *, device: str = "auto", jobs: int = 1, progress: "Progress | None" = None
 ) -> "pd.DataFrame":
-    """Runs diff and evidence once per seed (what the store has is not run again) and returns one row per seed.
+    """Runs diff and evidence once per seed (what the store has is not run again), `jobs` steps at a time, and returns one row per seed.
 
     Columns: those of `stagediff.diff.seeds.row`; FIGURES of the steps that the run has; and in a run with rivals, of each of their scores and of the
     diff's in the same table, rivals/<method>/<measure>/<figure> for RIVAL_FIGURES.
@@ -59,14 +59,14 @@ def seeds(
     import pandas as pd
 
     from stagediff.config import make_plan
-    from stagediff.plan import execute
+    from stagediff.lanes import execute_plan
 
     rows = []
     for seed in seeds:
         one = with_seed(config, seed)
         whole = make_plan(one, store)
         needed = only_for(whole, *(end for end in ("align", "rivals", *FIGURES) if end in whole))
-        execute(needed, store, device=device, keep="tables", progress=progress)
+        execute_plan(needed, store, jobs, device=device, keep="tables", progress=progress)
         made = row(one, needed, store)
         for step, figures in FIGURES.items():
             if step in needed:
@@ -90,6 +90,7 @@ def command(
     share: Annotated[list[float] | None, typer.Option(help="Share of new rows; may be given several times. Default: the config's.")] = None,
     store: Annotated[str | None, typer.Option("--store", help="Folder or s3://bucket/prefix; replaces the config's.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    jobs: Annotated[int, typer.Option(min=1, help="How many steps to run at a time.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output on standard output.")] = False,
 ) -> None:
     """Runs a stage-wise diff and its evidence over several seeds and prints every seed and the medians."""
@@ -106,7 +107,7 @@ def command(
     shares: list[float | None] = [*share] if share else [None]
     for value in shares:
         loaded = load_config(config, overrides={} if value is None else {setting: value}, store=store)
-        results.append(seeds(loaded, range(first, first + count), Store(loaded.store), device=device))
+        results.append(seeds(loaded, range(first, first + count), Store(loaded.store), device=device, jobs=jobs))
     if as_json:
         print(json.dumps([{"seeds": json.loads(t.to_json(orient="records")), "medians": json.loads(_json(medians(t)))} for t in results]))
         return

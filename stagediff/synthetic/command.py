@@ -47,18 +47,19 @@ def ladder(
     store: "Store",
     *,
     device: str = "auto",
+    jobs: int = 1,
     progress: "Progress | None" = None,
 ) -> "pd.DataFrame":
     """Scores every world (rung's name, world); what the store has is not computed again. Columns: rung, seed, score (the artifact), key figures."""
     import pandas as pd
 
-    from stagediff.plan import execute
+    from stagediff.lanes import execute_plan
     from stagediff.synthetic.chain import plan
 
     rows = []
     for rung, planted in worlds:
         made = plan(planted, recipe)
-        execute(made, store, device=device, keep="tables", progress=progress)
+        execute_plan(made, store, jobs, device=device, keep="tables", progress=progress)
         score = made["score"].ref
         rows.append({"rung": rung, "seed": planted.seed, "score": str(score), **store.artifact(score).manifest.figures})
     return pd.DataFrame(rows)
@@ -81,6 +82,7 @@ def command(
     architecture: Annotated[str, typer.Option(help="With --track: the dictionaries', batchtopk or relu.")] = "batchtopk",
     store: Annotated[str, typer.Option("--store", help="Folder or s3://bucket/prefix.")] = "runs/planted",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    jobs: Annotated[int, typer.Option(min=1, help="How many steps to run at a time.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output on standard output.")] = False,
 ) -> None:
     """Scores the method on planted truth: synthetic activations whose features, and what becomes of them, are known."""
@@ -89,9 +91,9 @@ def command(
 
     rungs = _rungs(rung or ["middle"], RUNGS if track else DIFF_RUNGS)
     if track:
-        _track(rungs, seed or [0], architecture, Store(store), device, as_json)
+        _track(rungs, seed or [0], architecture, Store(store), device, jobs, as_json)
         return
-    table = diff_ladder(rungs, seed or [0], Store(store), device=device)
+    table = diff_ladder(rungs, seed or [0], Store(store), device=device, jobs=jobs)
     middle = diff_medians(table)
     if as_json:
         print(json.dumps({"scores": _records(table), "medians": _records(middle)}))
@@ -109,13 +111,13 @@ def _rungs(asked: Iterable[str], known: Iterable[str]) -> list[str]:
     return list(known) if "all" in asked else list(dict.fromkeys(asked))
 
 
-def _track(rungs: list[str], seeds: list[int], architecture: str, store: "Store", device: str, as_json: bool) -> None:
+def _track(rungs: list[str], seeds: list[int], architecture: str, store: "Store", device: str, jobs: int, as_json: bool) -> None:
     from stagediff.errors import UserError
     from stagediff.synthetic.chain import RECIPES
 
     if architecture not in RECIPES:
         raise UserError(f"There is no recipe for {architecture!r} dictionaries; expected {' or '.join(RECIPES)}.")
-    table = ladder([(name, world(name, s)) for name in rungs for s in seeds], RECIPES[architecture], store, device=device)
+    table = ladder([(name, world(name, s)) for name in rungs for s in seeds], RECIPES[architecture], store, device=device, jobs=jobs)
     middle = medians(table)
     if as_json:
         print(json.dumps({"architecture": architecture, "scores": _records(table), "medians": _records(middle)}))

@@ -37,24 +37,31 @@ LEGEND = (
 
 
 def diff_ladder(
-    rungs: Iterable[str], seeds: Iterable[int], store: "Store", *, device: str = "auto", progress: "Progress | None" = None
+    rungs: Iterable[str], seeds: Iterable[int], store: "Store", *, device: str = "auto", jobs: int = 1, progress: "Progress | None" = None
 ) -> "pd.DataFrame":
     """One row per rung, seed, score and class (scores.parquet of the world, see stagediff.synthetic.diff_score); beside them what was born."""
     import pandas as pd
 
     seeds = list(seeds)
     worlds = [(rung, diff_world(rung, seed), DIFF_RUNGS[rung][1]) for rung in rungs for seed in seeds]
-    return pd.concat([score_world(*one, store, device=device, progress=progress) for one in worlds], ignore_index=True)
+    return pd.concat([score_world(*one, store, device=device, jobs=jobs, progress=progress) for one in worlds], ignore_index=True)
 
 
 def score_world(
-    rung: str, world: "DiffWorld", recipe: "DiffRecipe", store: "Store", *, device: str = "auto", progress: "Progress | None" = None
+    rung: str,
+    world: "DiffWorld",
+    recipe: "DiffRecipe",
+    store: "Store",
+    *,
+    device: str = "auto",
+    jobs: int = 1,
+    progress: "Progress | None" = None,
 ) -> "pd.DataFrame":
     """The rows of one world; what the store has is not computed again."""
-    from stagediff.plan import execute
+    from stagediff.lanes import execute_plan
 
     plan = diff_plan(world, recipe)
-    execute(plan, store, device=device, keep="tables", progress=progress)
+    execute_plan(plan, store, jobs, device=device, keep="tables", progress=progress)
     artifact = store.artifact(plan["score"].ref)
     figures = artifact.manifest.figures
     table = artifact.read_table("scores.parquet")
