@@ -37,7 +37,10 @@ RUN_HEADS = {
     "random": "of random",
     "auroc": "AUROC x+y",
     "average_precision": "AP",
+    "aligned": "AP aligned",
 }
+ALIGNED = ("average_precision_excess", "average_precision_pair_novelty")
+"""Beyond retraining where the run has the null, else paired novelty."""
 PAIR_HEADS = {
     "features_of": "features that carry the data of",
     "scores_of": "by the scores of",
@@ -51,11 +54,17 @@ PAIR_HEADS = {
 
 def command(
     sources: Annotated[list[str], typer.Argument(help="Stores with finished stage-wise runs in them.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="A PNG of all runs' scatters side by side.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output on standard output.")] = False,
 ) -> None:
     """Finished stage-wise runs side by side: behaviour, what the lowest features carry, and what runs on one S find of each other."""
     runs = [run for source in sources for run in runs_of(source)]
     rows, pairs = [summary(run) for run in runs], held_against(runs)
+    if out is not None:
+        from stagediff.diff.findings_figure import findings_png
+
+        tables = [store.artifact(nodes["diff"]).read_table("features.parquet") for _, store, nodes, _ in runs]
+        out.write_bytes(findings_png(list(zip(map(_titled, rows), tables, strict=True))))
     if as_json:
         print(json.dumps({"runs": rows, "held_against": pairs}, indent=2))
         return
@@ -107,7 +116,16 @@ def summary(run: Run) -> dict[str, Any]:
         **{n: figures.get(f"enrichment_{n}") for n in ("region_flagged", "region", "random_flagged", "random")},
         "auroc": figures.get("auroc_score"),
         "average_precision": figures.get("average_precision_score"),
+        "aligned": _aligned(store, nodes),
     }
+
+
+def _aligned(store: "Store", nodes: "dict[str, Ref]") -> float | None:
+    """Average precision of the best label-free aligned score that the run has."""
+    if "align" not in nodes or not store.artifact(nodes["align"]).is_complete:
+        return None
+    figures = store.artifact(nodes["align"]).manifest.figures
+    return next((figures[name] for name in ALIGNED if figures.get(name) is not None), None)
 
 
 def held_against(runs: list[Run]) -> list[dict[str, Any]]:
@@ -147,6 +165,11 @@ def held_against(runs: list[Run]) -> list[dict[str, Any]]:
 def _named(name: str, whole: dict[str, Any]) -> str:
     new = (whole.get("stagewise") or whole).get("data", {}).get("new", {})
     return f"{name}: {new.get('builtin') or new.get('path')}"
+
+
+def _titled(row: dict[str, Any]) -> str:
+    shape = f", {row['layers']} layers of {row['width']}" if row["layers"] else ""
+    return f"{row['run']}: {row['new_data']}{shape}"
 
 
 def _show(title: str, heads: dict[str, str], rows: list[dict[str, Any]]) -> None:

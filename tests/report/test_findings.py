@@ -5,7 +5,7 @@ import json
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from stagediff.diff.findings import held_against, runs_of, summary
+from stagediff.diff.findings import command, held_against, runs_of, summary
 from stagediff.diff.spec import Cut
 from stagediff.errors import UserError
 from stagediff.store import Store
@@ -59,3 +59,14 @@ def test_a_store_without_a_run_is_named(tmp_path):
         runs_of(str(tmp_path))
     with pytest.raises(UserError, match="There is no store"):
         runs_of(str(tmp_path / "none"))
+
+
+def test_all_runs_are_drawn_side_by_side(runs, tmp_path):
+    import matplotlib.image
+
+    folders = [store.root for _, store, _, _ in runs]
+    command([*folders, folders[0]], out=tmp_path / "runs.png")
+    picture = matplotlib.image.imread(tmp_path / "runs.png")
+    assert picture.shape[1] > 2 * picture.shape[0], "three panels in a row"
+    command([folders[0]], out=tmp_path / "one.png")
+    assert matplotlib.image.imread(tmp_path / "one.png").shape[1] == pytest.approx(picture.shape[1] / 3, rel=0.01)
