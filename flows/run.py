@@ -2,6 +2,7 @@
 
 import logging
 import os
+from types import SimpleNamespace
 from typing import Any
 
 __all__ = ["run_plan"]
@@ -22,12 +23,30 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not is_run or (record.levelno < logging.ERROR and "Finished in state Failed(" not in record.getMessage())
 
 
+def _server_apart() -> None:
+    """Lets Prefect start its temporary server in a session of its own.
+
+    Ctrl-C in a terminal goes to every process of the session. Without its server the client goes on telling it for minutes that the run was interrupted.
+    """
+    import subprocess
+
+    from prefect.server.api import server
+
+    class Apart(subprocess.Popen):
+        def __init__(self, *args: Any, **options: Any):
+            super().__init__(*args, **options, start_new_session=True)
+
+    names = {name: getattr(subprocess, name) for name in dir(subprocess) if not name.startswith("__")}
+    server.subprocess = SimpleNamespace(**{**names, "Popen": Apart})  # type: ignore[assignment]
+
+
 def run_plan(config: dict[str, Any], store: str, *, device: str = "auto", force: tuple[str, ...] = (), jobs: int = 1) -> None:
     """Runs the flow of the config's kind in this process; raises what its steps raise."""
     chosen = "PREFECT_LOGGING_LEVEL" in os.environ
     for name, value in _ENVIRONMENT.items():  # before Prefect is imported: it reads them once
         os.environ.setdefault(name, value)
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # the command shows the library's lines, and errors in its own words
+    _server_apart()
     from prefect import Flow
     from prefect.settings import get_current_settings
 
