@@ -28,7 +28,7 @@ def _figure(runs: "list[tuple[str, pd.DataFrame]]") -> Figure:
     columns = min(COLUMNS, len(runs))
     figure = Figure(figsize=(4.2 * columns, 4.0 * math.ceil(len(runs) / columns)), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(math.ceil(len(runs) / columns), columns, squeeze=False).flatten()
+    panels = figure.subplots(math.ceil(len(runs) / columns), columns, squeeze=False, sharex=True, sharey=True).flatten()
     for axes, (title, features) in zip(panels, runs, strict=False):
         _panel(axes, title, features)
     for axes in panels[len(runs) :]:
@@ -40,13 +40,12 @@ def _panel(axes: Any, title: str, features: "pd.DataFrame") -> None:
     alive = features[features["alive"].to_numpy(bool)]
     carry = carries_new_data(alive)
     size = float(np.clip(6000 / max(len(alive), 1), 0.6, 9))
-    for part, colour, label in ((alive[~carry], "#b8c4d2", "alive"), (alive[carry], "#d1495b", "carries the new data")):
-        axes.scatter(part["x"], part["y"], s=size, c=colour, linewidths=0, label=f"{label}, {len(part):,}")
+    for part, colour in ((alive[~carry], "#b8c4d2"), (alive[carry], "#d1495b")):
+        axes.scatter(part["x"], part["y"], s=size, c=colour, linewidths=0)
     foremost = alive[alive["selected"].to_numpy(bool)].nsmallest(NUMBERED, "score")
     for number, (x, y) in enumerate(zip(foremost["x"], foremost["y"], strict=True), 1):
         axes.annotate(str(number), (x, y), xytext=(3, 3), textcoords="offset points", fontsize=7, color=INK)
-    axes.set_title(title, fontsize=9, color=INK)
+    axes.set_title(f"{title}\n{int(carry.sum()):,} of {len(alive):,} carry the new data (red)", fontsize=9, color=INK)
     axes.set_xlabel("x = cos(D, F via D)", color=INK)
     axes.set_ylabel("y = cos(M, F via M)", color=INK)
     plain_axes(axes)
-    axes.legend(loc="upper left", frameon=False, fontsize=7, labelcolor=INK)
