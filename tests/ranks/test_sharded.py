@@ -107,8 +107,13 @@ def test_a_finetune_that_needs_the_whole_dictionary_is_refused(monkeypatch, tmp_
         team_of(spec, "relu", 48)
 
 
-@pytest.mark.integration
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "relu", "jumprelu"])
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param("topk", marks=pytest.mark.integration),
+        *(pytest.param(name, marks=pytest.mark.soak) for name in ("batchtopk", "relu", "jumprelu")),  # a minute each
+    ],
+)
 def test_two_ranks_with_half_of_the_features_each_train_what_one_trains(architecture, tmp_path, monkeypatch):
     """fp32, 300 steps, AuxK at work: weights agree to 1e-4 of their largest, the loss curve to 1e-5; a second time the same bytes."""
     t = tools()
