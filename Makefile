@@ -19,6 +19,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"stagediff needs Python 3.11 or newer, this is {sys.version.split()[0]}; use make PYTHON=..."'
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) -e .
+	$(BIN)/stagediff compile
 	@touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready

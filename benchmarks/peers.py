@@ -33,10 +33,13 @@ CASES: dict[str, dict[str, Any]] = {
     "A": {"d": 512, "features": 16384, "k": 32, "batch": 4096},
     "B": {"d": 128, "features": 1024, "k": 16, "batch": 2048},
     "C": {"d": 512, "features": 16384, "k": None, "batch": 4096},
+    "C64": {"d": 512, "features": 16384, "k": None, "batch": 4096, "active": 64, "lr": 1e-5},
     "gpu": {"d": 1024, "features": 32768, "k": 32, "batch": 8192},
     "tiny": {"d": 32, "features": 128, "k": 4, "batch": 64},
 }
-"""k None: ReLU with L1."""
+"""k None: ReLU with L1. active: biases are such that about so many features are active per token, as in a trained dictionary, and lr is so low that it
+stays like that; otherwise everyone starts with half of them.
+"""
 LR, L1 = 1e-3, 3.0
 PEERS = (
     "sae_lens:fp32",
@@ -157,11 +160,16 @@ def activations(case: dict[str, Any], device: str, count: int) -> list[Tensor]:
 
 
 def start(case: dict[str, Any], pool: list[Tensor]) -> dict[str, Tensor]:
-    """The weights everyone starts with: unit decoder rows [F, d], and the data's mean [d]."""
+    """The weights everyone starts with: unit decoder rows [F, d], the data's mean [d], and the encoder's biases [F] (beside b_dec subtracted from inputs)."""
     generator = torch.Generator().manual_seed(2)  # not the data's seed: the start would be the answer
     rows = torch.randn(case["features"], case["d"], generator=generator)
     rows /= rows.norm(dim=1, keepdim=True)
-    return {"W_dec": rows.to(pool[0].device), "b_dec": torch.stack([x.float().mean(0) for x in pool]).mean(0)}
+    rows, b_dec = rows.to(pool[0].device), torch.stack([x.float().mean(0) for x in pool]).mean(0)
+    b_enc = torch.zeros(case["features"], device=rows.device)
+    if case.get("active"):
+        pre = (pool[0][:256].float() - b_dec) @ rows.t()
+        b_enc -= pre.flatten().kthvalue(pre.numel() - 256 * case["active"]).values
+    return {"W_dec": rows, "b_dec": b_dec, "b_enc": b_enc}
 
 
 class Clock:
@@ -237,6 +245,10 @@ def fvu(evaluate: Evaluate, heldout: list[Tensor], mean: Tensor) -> float:
     return left / total
 
 
+def lr_of(case: dict[str, Any]) -> float:
+    return case.get("lr", LR)
+
+
 def under(variant: str, device: str) -> Any:
     is_bf16 = variant in ("bf16", "autocast")
     return torch.autocast(device.partition(":")[0], dtype=torch.bfloat16) if is_bf16 else contextlib.nullcontext()
@@ -264,7 +276,8 @@ def stagediff(case: dict[str, Any], variant: str, given: argparse.Namespace) -> 
         sae.W_dec.copy_(begin["W_dec"])
         sae.W_enc.copy_(begin["W_dec"].t())
         sae.b_dec.copy_(begin["b_dec"])
-        budget = Budget(tokens=clock.steps * case["batch"], batch=case["batch"], lr=LR, decay=0.0)
+        sae.b_enc.copy_(begin["b_enc"] if sae.config.subtract_b_dec else begin["b_enc"] - begin["b_dec"] @ sae.W_enc)
+        budget = Budget(tokens=clock.steps * case["batch"], batch=case["batch"], lr=lr_of(case), decay=0.0)
         trainer = Trainer(sae, budget, clock.steps, True, compute)
         del sae
         for step, x in enumerate(clock):
@@ -292,13 +305,14 @@ def sae_lens(case: dict[str, Any], variant: str, given: argparse.Namespace) -> A
         sae.W_dec.data.copy_(begin["W_dec"])
         sae.W_enc.data.copy_(begin["W_dec"].t())
         sae.b_dec.data.copy_(begin["b_dec"])
+        sae.b_enc.data.copy_(begin["b_enc"] if sae.cfg.apply_b_dec_to_input else begin["b_enc"] - begin["b_dec"] @ sae.W_enc.data)
         tokens = clock.steps * case["batch"]
         warm = max(1, clock.steps // 20)
         config = SAETrainerConfig(
             total_training_samples=tokens,
             train_batch_size_samples=case["batch"],
-            lr=LR,
-            lr_end=LR,
+            lr=lr_of(case),
+            lr_end=lr_of(case),
             lr_warm_up_steps=warm,
             autocast=variant == "autocast",
             device=given.device,
@@ -320,13 +334,16 @@ def dictionary_learning(case: dict[str, Any], variant: str, given: argparse.Name
 
     def run(clock: Clock, begin: dict[str, Tensor]) -> Evaluate:
         shape = {"steps": clock.steps, "activation_dim": case["d"], "dict_size": case["features"], "layer": 0, "lm_name": "none"}
-        more = {"lr": LR, "warmup_steps": max(1, clock.steps // 20), "device": given.device}
+        more = {"lr": lr_of(case), "warmup_steps": max(1, clock.steps // 20), "device": given.device}
         trainer: Any = (
             TopKTrainer(**shape, **more, k=case["k"]) if case["k"] else StandardTrainer(**shape, **more, sparsity_warmup_steps=None)
         )
         ae = trainer.ae
         ae.encoder.weight.data.copy_(begin["W_dec"])
         ae.decoder.weight.data.copy_(begin["W_dec"].t())
+        ae.encoder.bias.data.copy_(begin["b_enc"])
+        if not case["k"]:
+            ae.bias.data.copy_(begin["b_dec"])  # TopK's trainer sets its own
         for step, x in enumerate(clock):
             if step == clock.steps:
                 break
@@ -350,7 +367,7 @@ def sparsify(case: dict[str, Any], variant: str, given: argparse.Namespace) -> A
         sae.encoder.weight.data.copy_(begin["W_dec"])
         sae.W_dec.data.copy_(begin["W_dec"])
         sae.b_dec.data.copy_(begin["b_dec"])
-        optimiser = torch.optim.Adam(sae.parameters(), lr=LR)
+        optimiser = torch.optim.Adam(sae.parameters(), lr=lr_of(case))
         warm = max(1, clock.steps // 20)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(1.0, (step + 1) / warm))
         silent = torch.zeros(case["features"], dtype=torch.long, device=given.device)

@@ -12,7 +12,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from stagediff import __version__, steps
-from stagediff.cli import bench, keeping, looking, runs, watching
+from stagediff.cli import bench, compiling, keeping, looking, runs, watching
 from stagediff.errors import StagediffError
 
 __all__ = ["app", "main"]
@@ -76,6 +76,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "show": looking.show,
     "feature": looking.feature,
     "bench": bench.bench,
+    "compile": compiling.compile_,
     "verify": keeping.verify,
     "gc": keeping.gc,
     "export": keeping.export,

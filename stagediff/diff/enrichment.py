@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from stagediff.diff.cuts import lowest, random_sample
-from stagediff.diff.ranking import auroc, average_precision, fisher_greater
+from stagediff.diff.ranking import auroc, auroc_gain, auroc_interval, average_precision, fisher_greater
 
 __all__ = ["COLUMNS", "carries_new_data", "enrichment", "headline"]
 
@@ -34,6 +34,8 @@ COLUMNS = {
     "ratio": ("ratio", "region_share / random_share; infinite where the random sample has none, empty where neither has"),
     "p": ("probability", "Fisher's exact test, one-sided: region against random sample"),
     "auroc": ("probability", "that a feature that carries the new data has a lower score than one that does not"),
+    "auroc_low": ("probability", "lower end of its 95 % interval"),
+    "auroc_high": ("probability", "upper end"),
     "average_precision": ("precision", "of the ranking from the lowest score upwards; by chance it is flagged / alive"),
 }
 
@@ -49,8 +51,10 @@ def enrichment(table: pd.DataFrame, sample: int, seed: int, scores: Sequence[str
     return pd.DataFrame([_judge(table, name, sample, seed) for name in names], columns=list(COLUMNS))
 
 
-def headline(rows: pd.DataFrame) -> dict[str, Any]:
-    """The key figures for the manifest: x + y's region and ranking, and the direct finetune's ranking. None where undefined."""
+def headline(table: pd.DataFrame, rows: pd.DataFrame) -> dict[str, Any]:
+    """The key figures for the manifest: x + y's region and ranking, the direct finetune's ranking, and by how much the first beats the second, with 95 %
+    intervals. None where undefined. `rows`: the enrichment of `table`.
+    """
     by = rows.set_index("measure")
     score, direct = by.loc["score"], by.loc["cos_s_f_direct"]
     figures: dict[str, Any] = {
@@ -59,6 +63,11 @@ def headline(rows: pd.DataFrame) -> dict[str, Any]:
     figures |= {f"enrichment_{n}": _plain(score[n]) for n in ("region_share", "random_share", "ratio", "p")}
     for name, row in (("score", score), ("direct", direct), ("x", by.loc["x"]), ("y", by.loc["y"])):
         figures |= {f"auroc_{name}": _plain(row["auroc"]), f"average_precision_{name}": _plain(row["average_precision"])}
+    figures |= {f"auroc_score_{end}": _plain(score[f"auroc_{end}"]) for end in ("low", "high")}
+    x_y, direct_cosine = table["score"].to_numpy(float), table["cos_s_f_direct"].to_numpy(float)
+    known = table["alive"].to_numpy(bool) & np.isfinite(x_y) & np.isfinite(direct_cosine)
+    gain = auroc_gain(carries_new_data(table)[known], -x_y[known], -direct_cosine[known])
+    figures |= dict(zip(("auroc_gain", "auroc_gain_low", "auroc_gain_high"), gain or (None, None, None), strict=True))
     return figures
 
 
@@ -75,7 +84,10 @@ def _judge(table: pd.DataFrame, name: str, sample: int, seed: int) -> dict[str, 
     with np.errstate(divide="ignore", invalid="ignore"):
         row["ratio"] = float(np.float64(row["region_share"]) / row["random_share"])
     row["p"] = fisher_greater(row["region_flagged"], row["region"], row["random_flagged"], row["random"])
-    row["auroc"] = auroc(flagged[alive], -value[alive])
+    row["auroc"] = found = auroc(flagged[alive], -value[alive])
+    row["auroc_low"], row["auroc_high"] = (
+        (np.nan, np.nan) if found is None else auroc_interval(found, row["flagged"], row["alive"] - row["flagged"])
+    )
     row["average_precision"] = average_precision(flagged[alive], -value[alive])
     return row
 

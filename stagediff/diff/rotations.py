@@ -85,7 +85,7 @@ def compute(spec: DiffSpec, job: "Job") -> dict[str, Any]:
     job.writer.write_table("enrichment.parquet", enriched, columns=ENRICHMENT_COLUMNS)
     job.writer.write_json("cut.json", {**spec.cut.model_dump(), "x": cut.x, "y": cut.y, "score": cut.score})
     job.notes["seconds"] = round(time.monotonic() - began, 2)
-    return {**_figures(table, cut), **_birth_figures(newborns), **headline(enriched), **turned}
+    return {**_figures(table, cut), **_birth_figures(newborns), **headline(table, enriched), **turned}
 
 
 def _alive_in_both(spec: DiffSpec, job: "Job") -> np.ndarray:

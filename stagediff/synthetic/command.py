@@ -4,6 +4,7 @@ ladder of difficulty, seed by seed.
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -83,17 +84,28 @@ def command(
     store: Annotated[str, typer.Option("--store", help="Folder or s3://bucket/prefix.")] = "runs/planted",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     jobs: Annotated[int, typer.Option(min=1, help="How many steps to run at a time.")] = 1,
+    rivals: Annotated[bool, typer.Option("--rivals", help="Train crosscoders and a difference SAE too; not with --track.")] = False,
+    out: Annotated[Path | None, typer.Option(help="A PNG of every score on every rung; not with --track.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output on standard output.")] = False,
 ) -> None:
     """Scores the method on planted truth: synthetic activations whose features, and what becomes of them, are known."""
+    from stagediff.errors import UserError
     from stagediff.store import Store
     from stagediff.synthetic.diff_ladder import diff_ladder, diff_medians, shown
 
     rungs = _rungs(rung or ["middle"], RUNGS if track else DIFF_RUNGS)
+    if track and (out is not None or rivals):
+        raise UserError("--out and --rivals are of the stage-wise diff. With --track there are no such scores: leave them out, or --track.")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UserError(f"--out is {str(out)!r}, but there is no folder {str(out.absolute().parent)!r}. Make it first.")
     if track:
         _track(rungs, seed or [0], architecture, Store(store), device, jobs, as_json)
         return
-    table = diff_ladder(rungs, seed or [0], Store(store), device=device, jobs=jobs)
+    table = diff_ladder(rungs, seed or [0], Store(store), rivals=rivals, device=device, jobs=jobs)
+    if out is not None:
+        from stagediff.synthetic.diff_figure import ladder_png
+
+        out.write_bytes(ladder_png(table))
     middle = diff_medians(table)
     if as_json:
         print(json.dumps({"scores": _records(table), "medians": _records(middle)}))

@@ -1,6 +1,5 @@
 """The step planted-diff: reads what the stage-wise diff made of a planted world, and scores it and its rivals."""
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,14 +8,15 @@ import pandas as pd
 from stagediff.diff.null import LEVEL
 from stagediff.diff.rotations import P1_CUT
 from stagediff.sae.dictionary import SAE
-from stagediff.synthetic.diff_score import COLUMNS, found_at, judge, represented
+from stagediff.synthetic.diff_rivals import RIVAL_SCORES, Rival, rival
+from stagediff.synthetic.diff_score import COLUMNS, Ranking, found_at, judge, represented, truth
 from stagediff.synthetic.diff_spec import TARGETS, PlantedDiffSpec
 from stagediff.synthetic.diff_world import PlantedDiff
 
 if TYPE_CHECKING:
     from stagediff.steps import Job
 
-__all__ = ["SCORES", "compute"]
+__all__ = ["ALL_SCORES", "SCORES", "compute"]
 
 F_STAGES = ("F_D", "F_M", "F_direct")
 STRICT_P = 0.005
@@ -36,20 +36,9 @@ SCORES = {
     "aligned": "paired novelty × contrast",
 }
 """Score -> what it is. `no_change` is the control: nothing but continued training, ranked and judged like the others."""
+ALL_SCORES = SCORES | {name: said for scores in RIVAL_SCORES.values() for name, said in scores.items()}
 RANKED = ("x_y", "pair_novelty", "excess", "aligned")
 """Scores whose ranks stand in features.parquet."""
-
-
-@dataclass(frozen=True)
-class _Ranking:
-    """Candidates of one score."""
-
-    score: np.ndarray
-    """[n] high = found."""
-    hits: np.ndarray
-    """[k, n]"""
-    feature: np.ndarray
-    """[n] latent of F via D (of F direct for its own) that a candidate is named by."""
 
 
 def compute(spec: PlantedDiffSpec, job: "Job") -> dict[str, Any]:
@@ -58,25 +47,29 @@ def compute(spec: PlantedDiffSpec, job: "Job") -> dict[str, Any]:
     unit = {stage: SAE.load(job.artifact(ref)).directions().double().numpy() for stage, ref in spec.dictionaries.items()}
     published = job.artifact(spec.diff).read_table("features.parquet")
     aligned = job.artifact(spec.align).read_table("features.parquet")
-    target_rows, other_rows = _truth(planted)
+    target_rows, other_rows = truth(planted)
     stands_for = {s: represented(unit[s], target_rows, other_rows, spec.measures.represents) for s in F_STAGES}
     alive = {s: published[f"alive_{s}"].to_numpy(bool) for s in F_STAGES}
-    births = _births(planted, stands_for, alive)
+    rivals = {method: rival(method, job.artifact(ref), planted, spec.measures.represents, job) for method, ref in spec.rivals.items()}
+    births = _births(planted, stands_for, alive, rivals)
     born = births[births["class"] == "all"].set_index("stage").born
     undertrained = bool(min(born["F_D"], born["F_M"]) < spec.measures.born)
 
-    rankings = _rankings(published, aligned, unit, alive, stands_for)
-    table = _scores(planted, {} if undertrained else rankings)
+    rankings = {} if undertrained else _rankings(published, aligned, unit, alive, stands_for)
+    every: dict[str, Ranking | None] = {name: rankings.get(name) for name in SCORES}
+    for other in rivals.values():
+        every |= other.rankings
+    table = _scores(planted, every)
     job.writer.write_table("scores.parquet", table, columns=COLUMNS)
     cuts = _cuts(planted, published, aligned, job.artifact(spec.null).read_table("features.parquet"), stands_for)
     job.writer.write_table("cuts.parquet", cuts, columns=CUT_COLUMNS)
     job.writer.write_table("births.parquet", births, columns=BIRTH_COLUMNS)
-    features = _features(planted, stands_for, alive, {} if undertrained else rankings)
+    features = _features(planted, stands_for, alive, rankings)
     job.writer.write_table("features.parquet", features, columns=FEATURE_COLUMNS)
     align = job.artifact(spec.align).manifest.figures
     figures: dict[str, Any] = {
         "undertrained": undertrained,
-        **{f"born_{s}": float(born[s]) for s in F_STAGES},
+        **{f"born_{s}": float(born[s]) for s in (*F_STAGES, *rivals)},
         "same_index": float(births[(births["class"] == "all") & (births.stage == "F_D")].same_index.iloc[0]),
         "saturated": align["births_saturated"],
         **{f"coverage_{s}": align[f"coverage_{s}"] for s in ("F_D", "F_M")},
@@ -90,22 +83,13 @@ def compute(spec: PlantedDiffSpec, job: "Job") -> dict[str, Any]:
     return {name: None if isinstance(v, float) and not np.isfinite(v) else v for name, v in figures.items()}
 
 
-def _truth(planted: PlantedDiff) -> tuple[np.ndarray, np.ndarray]:
-    """Unit directions of the targets on new rows of the finetuned model [n, d], and of everything else in that model [m, d]."""
-    new, base = planted.directions["finetuned", "new"], planted.directions["finetuned", "base"]
-    is_target = np.zeros(len(planted), bool)
-    is_target[planted.targets] = True
-    elsewhere = base[planted.classes != "appears"]  # which has no direction but that on new rows
-    return new[is_target], np.concatenate([elsewhere, new[~is_target]])
-
-
 def _rankings(
     published: pd.DataFrame,
     aligned: pd.DataFrame,
     unit: dict[str, np.ndarray],
     alive: dict[str, np.ndarray],
     stands_for: dict[str, np.ndarray],
-) -> dict[str, _Ranking]:
+) -> dict[str, Ranking]:
     index = np.flatnonzero(alive["F_D"] | alive["F_M"])
     of_index = np.stack([stands_for["F_D"], stands_for["F_M"]])[:, index]
 
@@ -123,9 +107,9 @@ def _rankings(
         "s_m": published.cos_s_m.to_numpy(),
         "no_change": cosine("D", "D_null") + cosine("M", "M_null"),
     }
-    found = {name: _Ranking(-value[index], of_index, index) for name, value in low.items()}
+    found = {name: Ranking(-value[index], of_index, index) for name, value in low.items()}
     direct = np.flatnonzero(alive["F_direct"])
-    found["direct"] = _Ranking(-published.cos_s_f_direct.to_numpy()[direct], stands_for["F_direct"][None, direct], direct)
+    found["direct"] = Ranking(-published.cos_s_f_direct.to_numpy()[direct], stands_for["F_direct"][None, direct], direct)
     matched = aligned[aligned.partner >= 0]
     feature = matched.feature.to_numpy()
     of_pair = np.stack([stands_for["F_D"][feature], stands_for["F_M"][matched.partner.to_numpy()]])
@@ -136,18 +120,19 @@ def _rankings(
         "aligned": matched.aligned,
     }
     for name, score in of_pairs.items():
-        found[name] = _Ranking(score.to_numpy(float), of_pair, feature)
+        found[name] = Ranking(score.to_numpy(float), of_pair, feature)
     return {name: found[name] for name in SCORES}
 
 
-def _scores(planted: PlantedDiff, rankings: dict[str, _Ranking]) -> pd.DataFrame:
+def _scores(planted: PlantedDiff, rankings: dict[str, Ranking | None]) -> pd.DataFrame:
+    """None: not scored."""
     classes = planted.classes[planted.targets]
     rows = []
-    for name in SCORES:
+    for name, ranking in rankings.items():
         for cls in ("all", *TARGETS):
             wanted = np.ones(len(classes), bool) if cls == "all" else classes == cls
             if wanted.any():
-                judged = judge(rankings[name].score, rankings[name].hits, wanted).row() if rankings else {}
+                judged = judge(ranking.score, ranking.hits, wanted).row() if ranking else {}
                 rows.append({"score": name, "class": cls, "planted": int(wanted.sum()), **judged})
     table = pd.DataFrame(rows).reindex(columns=list(COLUMNS))
     return table.astype({name: float for name in COLUMNS if name not in ("score", "class", "planted")})
@@ -185,18 +170,21 @@ def _cuts(
     return pd.DataFrame(rows)
 
 
-def _births(planted: PlantedDiff, stands_for: dict[str, np.ndarray], alive: dict[str, np.ndarray]) -> pd.DataFrame:
+def _births(
+    planted: PlantedDiff, stands_for: dict[str, np.ndarray], alive: dict[str, np.ndarray], rivals: dict[str, Rival]
+) -> pd.DataFrame:
     classes = planted.classes[planted.targets]
     n = len(classes)
     has = {s: _latents(stands_for[s], alive[s], n) for s in F_STAGES}
+    has |= {method: _latents(rival.stands_for, rival.alive, n) for method, rival in rivals.items()}
     shared = np.array([bool(a & b) for a, b in zip(has["F_D"], has["F_M"], strict=True)])
     rows = []
     for cls in ("all", *TARGETS):
         wanted = np.ones(n, bool) if cls == "all" else classes == cls
         if wanted.any():
-            for stage in F_STAGES:
-                born = np.array([bool(of) for of in has[stage]])
-                same = float(shared[wanted].mean()) if stage != "F_direct" else np.nan
+            for stage, latents in has.items():
+                born = np.array([bool(of) for of in latents])
+                same = float(shared[wanted].mean()) if stage in ("F_D", "F_M") else np.nan
                 rows.append(
                     {"class": cls, "stage": stage, "planted": int(wanted.sum()), "born": float(born[wanted].mean()), "same_index": same}
                 )
@@ -209,7 +197,7 @@ def _latents(stands_for: np.ndarray, alive: np.ndarray, targets: int) -> list[se
 
 
 def _features(
-    planted: PlantedDiff, stands_for: dict[str, np.ndarray], alive: dict[str, np.ndarray], rankings: dict[str, _Ranking]
+    planted: PlantedDiff, stands_for: dict[str, np.ndarray], alive: dict[str, np.ndarray], rankings: dict[str, Ranking]
 ) -> pd.DataFrame:
     n = len(planted.targets)
     table = pd.DataFrame({"feature": planted.targets, "class": planted.classes[planted.targets]})
@@ -240,7 +228,7 @@ CUT_COLUMNS = {
 }
 BIRTH_COLUMNS = {
     "class": ("name", "of planted features; all: every target"),
-    "stage": ("name", "F dictionary"),
+    "stage": ("name", "F dictionary, or rival"),
     "planted": ("features", "planted features of the class"),
     "born": ("share", "of them that an alive latent represents"),
     "same_index": ("share", "of them that a latent of one index represents in F via D and in F via M"),

@@ -32,19 +32,28 @@ ABOUT = (
 LEGEND = (
     "Of the planted features that only model and data together explain. AP: over candidates. By feature: precision at the rank where each planted "
     "feature is first found, 0 where never. Recall: among as many candidates as there are such features, and twice as many. No change: the control, "
-    "continued training alone. Undertrained: under 90 % of the features were born on a path, nothing is scored."
+    "continued training alone. Undertrained: under 90 % of the features were born on a path, none of its scores is given."
 )
 
 
 def diff_ladder(
-    rungs: Iterable[str], seeds: Iterable[int], store: "Store", *, device: str = "auto", jobs: int = 1, progress: "Progress | None" = None
+    rungs: Iterable[str],
+    seeds: Iterable[int],
+    store: "Store",
+    *,
+    rivals: bool = False,
+    device: str = "auto",
+    jobs: int = 1,
+    progress: "Progress | None" = None,
 ) -> "pd.DataFrame":
     """One row per rung, seed, score and class (scores.parquet of the world, see stagediff.synthetic.diff_score); beside them what was born."""
     import pandas as pd
 
     seeds = list(seeds)
     worlds = [(rung, diff_world(rung, seed), DIFF_RUNGS[rung][1]) for rung in rungs for seed in seeds]
-    return pd.concat([score_world(*one, store, device=device, jobs=jobs, progress=progress) for one in worlds], ignore_index=True)
+    return pd.concat(
+        [score_world(*one, store, rivals=rivals, device=device, jobs=jobs, progress=progress) for one in worlds], ignore_index=True
+    )
 
 
 def score_world(
@@ -53,6 +62,7 @@ def score_world(
     recipe: "DiffRecipe",
     store: "Store",
     *,
+    rivals: bool = False,
     device: str = "auto",
     jobs: int = 1,
     progress: "Progress | None" = None,
@@ -60,7 +70,7 @@ def score_world(
     """The rows of one world; what the store has is not computed again."""
     from stagediff.lanes import execute_plan
 
-    plan = diff_plan(world, recipe)
+    plan = diff_plan(world, recipe, rivals)
     execute_plan(plan, store, jobs, device=device, keep="tables", progress=progress)
     artifact = store.artifact(plan["score"].ref)
     figures = artifact.manifest.figures
@@ -72,11 +82,11 @@ def score_world(
 
 
 def diff_medians(table: "pd.DataFrame") -> "pd.DataFrame":
-    """Medians over the seeds that were scored, by rung, score and class; `seeds` how many these are, `undertrained` how many were not."""
+    """Medians over the seeds that were scored, by rung, score and class; `seeds` how many these are, `undertrained` in how many the paths were not."""
     groups = table.groupby(["rung", "score", "class"], sort=False)
     middle = groups[[*MEASURES, "born_F_D", "born_F_M", "same_index"]].median()
-    seeds = groups["undertrained"].agg(seeds=lambda u: int((~u).sum()), undertrained=lambda u: int(u.sum()))
-    return middle.join(seeds).reset_index()
+    seeds = groups["undertrained"].agg(undertrained=lambda u: int(u.sum()))
+    return middle.join(groups["average_precision"].agg(seeds="count")).join(seeds).reset_index()
 
 
 def shown(table: "pd.DataFrame", middle: "pd.DataFrame") -> None:
@@ -84,7 +94,7 @@ def shown(table: "pd.DataFrame", middle: "pd.DataFrame") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from stagediff.synthetic.diff_judge import SCORES
+    from stagediff.synthetic.diff_judge import ALL_SCORES
 
     console = Console(width=150)
     for rung, of in table.groupby("rung", sort=False):
@@ -95,7 +105,7 @@ def shown(table: "pd.DataFrame", middle: "pd.DataFrame") -> None:
             view.add_column(head, justify="left" if head == "score" else "right")
         for score, rows in of.groupby("score", sort=False):
             for seed, by_class in rows.groupby("seed", sort=False):
-                view.add_row(SCORES[str(score)], str(seed), *_numbers(by_class, _classes(of)))
+                view.add_row(ALL_SCORES[str(score)], str(seed), *_numbers(by_class, _classes(of)))
             if len(seeds) > 1:
                 mine = middle[(middle.rung == rung) & (middle.score == score)]
                 view.add_row("", "median", *_numbers(mine, _classes(of)), style="bold", end_section=True)

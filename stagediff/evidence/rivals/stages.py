@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from stagediff.diff.config import StagewiseConfig
     from stagediff.store import Store
 
-__all__ = ["lineage", "plan"]
+__all__ = ["lineage", "plan", "rival_spec"]
 
 BEHIND_THE_SCATTER = ("S", "D", "M", "F_D", "F_M")
 
@@ -43,7 +43,7 @@ def plan(config: RunConfig, settings: dict[str, Any], into: Plan, store: "Store"
     }
     latents: dict[str, Ref] = {}
     for method in given.methods:
-        made = into.add(method, _spec(method, given, run.dictionary, common))
+        made = into.add(method, rival_spec(method, given, run.dictionary, common))
         trainings[method] = (made,)
         top = spec_of(diff.statistics["F_D"], into).top
         spec = LatentsSpec(dictionary=made, base=held[0], finetuned=held[1], top=top, alive_firings=diff.alive_firings)
@@ -94,7 +94,8 @@ def _budget(plan: Plan, diff: DiffSpec, tokens: int) -> Any:
     return like.budget.model_copy(update={"tokens": tokens})
 
 
-def _spec(method: str, given: RivalsConfig, dictionary: DictionaryConfig, common: dict[str, Any]) -> Spec:
+def rival_spec(method: str, given: RivalsConfig, dictionary: DictionaryConfig, common: dict[str, Any]) -> Spec:
+    """The training of one of `METHODS`, its dictionary after the run's. `common`: what the specs of all of them hold (`base`, `finetuned`, `budget`, …)."""
     changes: dict[str, Any] = {} if given.features is None else {"features": given.features}
     if method == "difference-sae":
         return DifferenceSpec(dictionary=dictionary.model_copy(update=changes), **common)
