@@ -70,7 +70,7 @@ def test_the_gains_error_is_delongs():
     rng = np.random.default_rng(0)
     flagged, a, b = draws(rng, 12, 1.0, 0.5, 0.5)
     a, b = np.round(a, 1), np.round(b, 1)
-    gain, low, high = auroc_gain(flagged, a, b)
+    _, low, high = auroc_gain(flagged, a, b)
     wins = [np.array([[(p > n) + (p == n) / 2 for n in s[~flagged]] for p in s[flagged]]) for s in (a, b)]
     by_positive, by_negative = (np.stack([w.mean(axis) for w in wins]) for axis in (1, 0))
     covariance = np.cov(by_positive) / 12 + np.cov(by_negative) / 288
