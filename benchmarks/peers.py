@@ -262,7 +262,9 @@ def stagediff(case: dict[str, Any], variant: str, given: argparse.Namespace) -> 
 
     compute = torch.float32 if variant == "fp32" else torch.bfloat16
     kind: dict[str, Any] = (
-        {"architecture": "topk", "k": case["k"]} if case["k"] else {"architecture": "relu", "l1": L1, "initial_norm": 1.0}
+        {"architecture": "topk", "k": case["k"]}
+        if case["k"]
+        else {"architecture": "relu", "l1": L1, "initial_norm": 1.0, "subtract_b_dec": True}  # as both peers do
     )
     if variant == "free":
         kind["decoder_norm"] = "free"
