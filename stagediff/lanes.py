@@ -215,17 +215,18 @@ class _Lane:
                     elif kind == "log":
                         logging.getLogger(word.name).handle(word)
                     else:
-                        self._is_busy = False
-                        if kind == "failed":
-                            _raise(called, *word)
-                        return
-        except (EOFError, OSError) as gone:
-            if isinstance(gone, OSError) and self._process.is_alive():
-                raise  # the step's own
+                        break
+        except (EOFError, OSError):
             self._process.join(GRACE)
+            if self._process.is_alive():  # it cannot be heard any more
+                self._process.kill()
+                self._process.join()
             code = self._process.exitcode
             how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
             raise RankLostError(f"{called}: the process that computed it was lost ({how}).") from None
+        self._is_busy = False
+        if kind == "failed":
+            _raise(called, *word)
 
     def end(self) -> None:
         self._pipe.close()

@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 __all__ = ["Progress", "Task"]
@@ -21,7 +21,8 @@ class Task:
         self.done = 0.0
         self.note = ""
         self._owner, self._start, self._logged = owner, time.monotonic(), time.monotonic()
-        self._bar = owner._bars.add_task(name, total=total, rate="", note="") if owner._bars else None
+        self._bars = _screen.bars if owner.interactive else None
+        self._bar = self._bars.add_task(name, total=total, rate="", note="") if self._bars else None
 
     def advance(self, n: float = 1, note: str | None = None) -> None:
         self.done += n
@@ -31,8 +32,8 @@ class Task:
         rate = f"{self.done / seconds:,.0f} {self.unit}/s"
         if self._owner.listener is not None:
             self._owner.listener(self)
-        if self._bar is not None:
-            self._owner._bars.update(self._bar, completed=self.done, rate=rate, note=self.note)
+        if self._bars is not None:
+            self._bars.update(self._bar, completed=self.done, rate=rate, note=self.note)
         elif time.monotonic() - self._logged > self._owner.log_every:
             self._logged = time.monotonic()
             log.info(
@@ -61,7 +62,6 @@ class Progress:
         self.interactive = sys.stderr.isatty() if interactive is None else interactive
         self.log_every = log_every
         self.listener = listener
-        self._bars: Any = None  # rich.progress.Progress while a step runs in a terminal
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
@@ -75,44 +75,43 @@ class Progress:
     @contextmanager
     def shown(self) -> Iterator[None]:
         """Opens the bars, in a terminal. Steps side by side have theirs below each other."""
-        if not self.interactive or self._bars is not None:
+        with _screen.used() if self.interactive else nullcontext():
             yield
-            return
-        with _screen.bars() as self._bars:
-            yield
-        self._bars = None
 
     @contextmanager
     def task(self, name: str, total: float, unit: str = "items", done: float = 0) -> Iterator[Task]:
         """A counted piece of work within a step; `done` of it was finished by an earlier run (it does not count for the rate)."""
         task = Task(self, name, total - done, unit)
-        yield task
-        if self._bars and task._bar is not None:
-            self._bars.remove_task(task._bar)
+        try:
+            yield task
+        finally:
+            if task._bars is not None:
+                task._bars.remove_task(task._bar)
 
 
 class _Screen:
-    """The terminal, of which there is one."""
+    """The terminal, of which there is one, with the bars of all that run now."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._users = 0
-        self._bars: Any = None
+        self.bars: Any = None
+        """rich.progress.Progress while a step runs in a terminal."""
 
     @contextmanager
-    def bars(self) -> Iterator[Any]:
+    def used(self) -> Iterator[None]:
         with self._lock:
             self._users += 1
             if self._users == 1:
-                self._bars = self._opened()
-            bars = self._bars
+                self.bars = self._opened()
         try:
-            yield bars
+            yield
         finally:
             with self._lock:
                 self._users -= 1
                 if not self._users:
-                    bars.stop()
+                    self.bars.stop()
+                    self.bars = None
 
     @staticmethod
     def _opened() -> Any:

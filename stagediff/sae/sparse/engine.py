@@ -118,7 +118,7 @@ def _active(
     feature, value = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*found, strict=True))
     k = feature.shape[1]
     start = torch.arange(0, n * k + 1, k, dtype=torch.int32, device=inner.device)
-    token = torch.arange(n * k, dtype=torch.int32, device=inner.device) // k
+    token = torch.arange(n, dtype=torch.int32, device=inner.device)[:, None].expand(n, k).flatten()
     return Pairs(feature.flatten(), value.flatten(), token, start), None
 
 
