@@ -15,6 +15,8 @@ _ENVIRONMENT = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",  # or Prefect's client asks, in a terminal
 }
+_LEVELS = ("PREFECT_LOGGING_LEVEL", "PREFECT_INTERNAL_LOGGING_LEVEL", "PREFECT_SERVER_LOGGING_LEVEL")
+"""Of its client, of its own machinery, and of its temporary server: on a machine that stands still for a minute the last two tell of nothing else."""
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -45,7 +47,8 @@ def run_plan(config: dict[str, Any], store: str, *, device: str = "auto", force:
     chosen = "PREFECT_LOGGING_LEVEL" in os.environ
     for name, value in _ENVIRONMENT.items():  # before Prefect is imported: it reads them once
         os.environ.setdefault(name, value)
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")  # the command shows the library's lines, and errors in its own words
+    for name in _LEVELS:  # the command shows the library's lines, and errors in its own words
+        os.environ.setdefault(name, "CRITICAL")
     _server_apart()
     from prefect import Flow
     from prefect.settings import get_current_settings
