@@ -61,8 +61,10 @@ async def adding(file) -> int:
 @pytest.fixture
 def no_collection_in_between():
     gc.collect()
+    gc.freeze()  # what other tests left alive would make the measured collection take seconds
     gc.disable()
     yield
+    gc.unfreeze()
     gc.enable()
 
 
