@@ -28,6 +28,8 @@ DRAWN = {
 MEASURES = {"average_precision": "average precision over candidates", "feature_precision": "average precision per planted feature"}
 WIDTH = 0.8
 """Of a rung's scores together; rungs are 1 apart."""
+LEGEND_WIDTH = 2.7
+"""Inches of an entry."""
 
 
 def ladder_png(table: "pd.DataFrame") -> bytes:
@@ -39,7 +41,8 @@ def figure(table: "pd.DataFrame") -> Figure:
     """A panel per measure. `table`: rows of `stagediff.synthetic.diff_ladder.diff_ladder`, of which class "all" is drawn."""
     table = table[table["class"] == "all"]
     rungs = list(dict.fromkeys(table["rung"]))
-    drawn = Figure(figsize=(2.2 + 1.5 * len(rungs), 7.4), layout="constrained")
+    width = 2.2 + 1.5 * len(rungs)
+    drawn = Figure(figsize=(width, 7.4), layout="constrained")
     FigureCanvasAgg(drawn)
     panels = drawn.subplots(len(MEASURES), 1, sharex=True)
     for axes, (measure, said) in zip(panels, MEASURES.items(), strict=True):
@@ -47,7 +50,9 @@ def figure(table: "pd.DataFrame") -> Figure:
         axes.set_ylabel(said, color=INK)
     panels[-1].set_xticks(range(len(rungs)), [_tick(table[table["rung"] == rung], rung) for rung in rungs])
     handles, labels = panels[0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside upper center", ncols=min(4, 1 + len(rungs)), frameon=False, fontsize=8, labelcolor=INK)
+    drawn.legend(
+        handles, labels, loc="outside upper center", ncols=max(1, int(width / LEGEND_WIDTH)), frameon=False, fontsize=8, labelcolor=INK
+    )
     return drawn
 
 
