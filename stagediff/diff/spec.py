@@ -30,6 +30,8 @@ class DiffSpec(Spec):
 
     step = "diff"
     kind = "diffs"
+    version = 2
+    """1: no intervals."""
     dictionaries: dict[str, Ref]
     """Stage -> dictionary, all of STAGES."""
     statistics: dict[str, Ref]
@@ -72,8 +74,8 @@ class AlignSpec(Spec):
 
     step = "align"
     kind = "evidence"
-    version = 2
-    """1: no excess."""
+    version = 3
+    """1: no excess; 2: no intervals."""
     diff: Ref
     """The published scores, index by index: they stand beside."""
     dictionaries: dict[str, Ref]
