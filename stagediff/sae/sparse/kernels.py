@@ -2,7 +2,7 @@
 
 import logging
 import os
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -162,7 +162,5 @@ def choose_for_thresholds(device: torch.device, compute: torch.dtype) -> Thresho
     """Kernels for the sparse steps of relu and jumprelu; None where dense ones are faster: on a GPU, and in plain torch."""
     if device.type != "cpu":
         return None
-    from stagediff.sae.sparse.cpu import NumbaKernels
-
-    chosen = choose(device, compute)
-    return chosen if isinstance(chosen, NumbaKernels) else None
+    chosen = choose(device, compute)  # which falls back where numba is missing
+    return cast(ThresholdKernels, chosen) if chosen.name == "numba" else None
