@@ -4,6 +4,7 @@
     python benchmarks/train.py --architecture topk --case A --threads 2   # d 512, F 16,384, k 32, batch 4,096; B: d 128, F 1,024, k 16, batch 2,048
     python benchmarks/train.py --case C --threads 2                       # relu at the shape of A
     python benchmarks/train.py --case C --active 64                       # the same, where 64 features are active per token
+    python benchmarks/train.py --architecture topk --case B --threads 1 --parts       # milliseconds of processor time in each part of a step
 
 Prints one line of JSON: tokens per second of the median and the best step (on a busy machine only the best means much), of the floor, and the
 share of the floor that the training reaches. Every set of kernels that works here takes turns, step by step, and the dense algebra in torch beside them
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--compute", default="bf16", choices=["bf16", "fp32"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--processor-time", action="store_true", help="of all threads, so with --threads 1")
+    parser.add_argument("--parts", action="store_true", help="topk, batchtopk: what a step's parts take, in place of its speed")
     a = parser.parse_args()
     vars(a).update(CASES.get(a.case, {}))
     torch.set_num_threads(a.threads)
@@ -65,6 +67,9 @@ def main() -> None:
     generator = torch.Generator().manual_seed(1)  # not the start's seed: the start would be the answer
     data = [torch.randn(a.batch, a.d, generator=generator).bfloat16().to(a.device) for _ in range(8)]
     has_k = a.architecture in ("topk", "batchtopk")
+    if a.parts:
+        print(json.dumps({**vars(a), "milliseconds": parts(a, dtype, data)}))
+        return
     is_sparse = has_k or a.active is not None
     if has_k:
         works = {name: stepping(a, dtype, kernels, data) for name, kernels in kernels_here(a.device, dtype).items()}
@@ -88,6 +93,29 @@ def main() -> None:
             }
         )
     )
+
+
+def parts(a: argparse.Namespace, dtype: torch.dtype, data: list[Tensor]) -> dict[str, float]:
+    """Median processor time of a whole step, of its product, and of each kernel, in milliseconds."""
+    kernels = choose(torch.device(a.device), dtype)
+    taken: dict[str, list[float]] = {}
+
+    def timed(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **options: Any) -> Any:
+            begin = time.process_time()
+            result = work(*args, **options)
+            taken.setdefault(name, []).append(time.process_time() - begin)
+            return result
+
+        return run
+
+    for name in ("largest", "largest_of_all", "decode", "by_feature", "gradients", "update"):
+        setattr(kernels, name, timed(name, getattr(kernels, name)))
+    torch.addmm = timed("product", torch.addmm)
+    step = timed("step", stepping(a, dtype, kernels, data))
+    for i in range(a.steps):
+        step(i)
+    return {name: round(1e3 * statistics.median(times), 2) for name, times in taken.items()}
 
 
 def kernels_here(device: str, dtype: torch.dtype) -> dict[str, Kernels]:

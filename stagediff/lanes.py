@@ -169,13 +169,15 @@ class Lanes:
         lane = self._free.get()
         try:
             lane.compute(order, progress or Progress())
-        except RankLostError as lost:
-            with self._lock:
-                if self._ended:
-                    raise StagediffError(f"{name or spec.step}: stopped.") from None  # nothing to try again
-                self._all.remove(lane)
-                lane = self._opened(lane.index)
-            raise lost
+        except BaseException as error:
+            if lane.is_busy:  # lost, or left in the middle of its step, of which it would go on telling
+                with self._lock:
+                    if self._ended:
+                        raise StagediffError(f"{name or spec.step}: stopped.") from None  # nothing to try again
+                    lane.end()
+                    self._all.remove(lane)
+                    lane = self._opened(lane.index)
+            raise error
         finally:
             self._free.put(lane)
         return spec.ref
@@ -191,7 +193,7 @@ class _Lane:
 
     def __init__(self, index: int):
         self.index = index
-        self._is_busy = False
+        self.is_busy = False
         context = get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, index, log.getEffectiveLevel()), name=f"lane {index}", daemon=True)
@@ -200,7 +202,7 @@ class _Lane:
 
     def compute(self, order: dict[str, Any], progress: Progress) -> None:
         called = order["options"]["name"] or order["step"]
-        self._is_busy = True
+        self.is_busy = True
         try:
             self._pipe.send(order)
             with progress.shown(), ExitStack() as open_tasks:
@@ -224,13 +226,13 @@ class _Lane:
             code = self._process.exitcode
             how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
             raise RankLostError(f"{called}: the process that computed it was lost ({how}).") from None
-        self._is_busy = False
+        self.is_busy = False
         if kind == "failed":
             _raise(called, *word)
 
     def end(self) -> None:
         self._pipe.close()
-        if not self._is_busy:
+        if not self.is_busy:
             self._process.join(GRACE)  # it reads the end of its orders, and leaves in order
         self._process.terminate()
         self._process.join(GRACE)

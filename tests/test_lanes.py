@@ -117,6 +117,25 @@ def test_errors_come_back_as_what_they_are_and_nothing_else_is_started(torn, cap
     assert any(record.getMessage().startswith("finetune-M") and "done in" in record.getMessage() for record in caplog.records)
 
 
+class Broken(Progress):
+    """Shows nothing: its bars fail, as a log handler or a listener may."""
+
+    def task(self, *args, **kwargs):
+        raise RuntimeError("no screen")
+
+
+def test_a_lane_that_was_left_in_the_middle_of_a_step_does_not_answer_for_the_next(torn):
+    plan, store = torn
+    first, second = plan["finetune-D"], plan["finetune-M"]
+    with lanes.Lanes(2) as open_lanes:
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="no screen"):
+                open_lanes.run(first.spec, store, device="cpu", progress=Broken(interactive=False))
+        for node in (second, first):
+            open_lanes.run(node.spec, store, device="cpu", progress=Progress(interactive=False))
+            assert store.artifact(node.ref).is_complete
+
+
 def test_without_lanes_a_step_runs_here(torn, monkeypatch):
     plan, store = torn
     seen = []

@@ -14,6 +14,7 @@ import typer
 
 from stagediff.errors import UserError
 from stagediff.organisms.figures import behaviour_rates
+from stagediff.pictures import checked
 
 if TYPE_CHECKING:
     from stagediff.spec import Ref
@@ -58,6 +59,8 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output on standard output.")] = False,
 ) -> None:
     """Finished stage-wise runs side by side: behaviour, what the lowest features carry, and what runs on one S find of each other."""
+    if out is not None:
+        checked(out)
     runs = [run for source in sources for run in runs_of(source)]
     rows, pairs = [summary(run) for run in runs], held_against(runs)
     if out is not None:

@@ -175,9 +175,8 @@ def _key_figures(store: Store, nodes: Mapping[str, Ref], diff: Artifact) -> Tabl
             f"{counts[0]} of the lowest {counts[1]}, {counts[2]} of {counts[3]} random (Fisher's p {number(f.get('enrichment_p'), 2)})",
         )
     if f.get("auroc_score") is not None:
-        low, high = f.get("auroc_score_low"), f.get("auroc_score_high")
-        interval = "" if low is None or high is None else f" (95 % {low:.3f} to {high:.3f})"
-        grid.add_row("AUROC", f"{f['auroc_score']:.3f}{interval} by x + y, {_three(f.get('auroc_direct'))} by the direct finetune")
+        interval = f"95 % {f['auroc_score_low']:.3f} to {f['auroc_score_high']:.3f}"
+        grid.add_row("AUROC", f"{f['auroc_score']:.3f} ({interval}) by x + y, {_three(f.get('auroc_direct'))} by the direct finetune")
     if align := _complete(store, nodes, "align"):
         a = align.manifest.figures
         if a.get("average_precision_pair_novelty") is not None:

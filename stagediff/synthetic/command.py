@@ -90,14 +90,15 @@ def command(
 ) -> None:
     """Scores the method on planted truth: synthetic activations whose features, and what becomes of them, are known."""
     from stagediff.errors import UserError
+    from stagediff.pictures import checked
     from stagediff.store import Store
     from stagediff.synthetic.diff_ladder import diff_ladder, diff_medians, shown
 
     rungs = _rungs(rung or ["middle"], RUNGS if track else DIFF_RUNGS)
     if track and (out is not None or rivals):
         raise UserError("--out and --rivals are of the stage-wise diff. With --track there are no such scores: leave them out, or --track.")
-    if out is not None and not out.absolute().parent.is_dir():
-        raise UserError(f"--out is {str(out)!r}, but there is no folder {str(out.absolute().parent)!r}. Make it first.")
+    if out is not None:
+        checked(out)
     if track:
         _track(rungs, seed or [0], architecture, Store(store), device, jobs, as_json)
         return

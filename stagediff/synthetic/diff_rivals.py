@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import Tensor
 
+from stagediff.diff.decoders import unit_rows
 from stagediff.evidence.rivals.spec import LatentsSpec
 from stagediff.sae.dictionary import SAE
-from stagediff.synthetic.diff_score import Ranking, represented, truth, unit_rows
+from stagediff.synthetic.diff_score import Ranking, represented, truth
 from stagediff.synthetic.diff_world import PlantedDiff
 
 if TYPE_CHECKING:
@@ -48,12 +50,12 @@ def rival(method: str, latents: "Artifact", planted: PlantedDiff, represents: fl
     spec = latents.spec()
     assert isinstance(spec, LatentsSpec)
     table = latents.read_table("latents.parquet")
-    rows = SAE.load(job.artifact(spec.dictionary)).W_dec.double().numpy()
+    rows = SAE.load(job.artifact(spec.dictionary)).W_dec.double()
     if method == "difference-sae":
-        stands_for = represented(unit_rows(rows), *truth(planted, of_difference=True), represents)
+        stands_for = represented(_unit(rows), *truth(planted, of_difference=True), represents)
         low = {"strength": table.strength_low, "energy": table.energy_low}
     else:
-        stands_for = represented(unit_rows(rows[:, planted.world.d :]), *truth(planted), represents)
+        stands_for = represented(_unit(rows[:, planted.world.d :]), *truth(planted), represents)
         gain = (table.norm_finetuned - table.norm_base) / np.maximum(table.norm_finetuned, table.norm_base)
         low = {
             "norm": table.relative_base_norm,
@@ -68,3 +70,7 @@ def rival(method: str, latents: "Artifact", planted: PlantedDiff, represents: fl
         for name, value in zip(RIVAL_SCORES[method], low.values(), strict=True)
     }
     return Rival(stands_for, alive, rankings)
+
+
+def _unit(rows: Tensor) -> np.ndarray:
+    return unit_rows(rows).nan_to_num(0.0).numpy()

@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
+from stagediff.diff.decoders import unit_rows
 from stagediff.diff.ranking import auroc, average_precision
 from stagediff.synthetic.diff_world import PlantedDiff
 
-__all__ = ["COLUMNS", "Judged", "Ranking", "found_at", "judge", "represented", "truth", "unit_rows"]
+__all__ = ["COLUMNS", "Judged", "Ranking", "found_at", "judge", "represented", "truth"]
 
 
 @dataclass(frozen=True)
@@ -36,17 +38,15 @@ def truth(planted: PlantedDiff, of_difference: bool = False) -> tuple[np.ndarray
     """
     new, base = planted.directions["finetuned", "new"], planted.directions["finetuned", "base"]
     if of_difference:
-        new, base = (unit_rows(rows - planted.directions["base", data]) for rows, data in ((new, "new"), (base, "base")))
+        new, base = (_unit(rows - planted.directions["base", data]) for rows, data in ((new, "new"), (base, "base")))
     is_target = np.zeros(len(planted), bool)
     is_target[planted.targets] = True
     elsewhere = base[planted.classes != "appears"]  # which has no direction but that on new rows
     return new[is_target], np.concatenate([elsewhere, new[~is_target]])
 
 
-def unit_rows(rows: np.ndarray) -> np.ndarray:
-    """Rows of norm 1; 0 where there is no direction."""
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return unit_rows(torch.from_numpy(rows)).nan_to_num(0.0).numpy()
 
 
 def represented(latents: np.ndarray, targets: np.ndarray, others: np.ndarray, smallest: float) -> np.ndarray:

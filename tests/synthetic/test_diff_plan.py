@@ -285,9 +285,11 @@ def test_out_draws_every_scored_seed(cli, scored, tmp_path):
     assert [tick.get_text() for tick in lower.get_xticklabels()] == ["tiny\n1 of 2 worlds"]
 
 
-@pytest.mark.parametrize(("more", "said"), [(["--track"], "leave them out"), ([], "no folder")])
-def test_out_is_refused_before_anything_runs(cli, tmp_path, more, said):
-    error = cli("--out", str(tmp_path / "nowhere" / "ladder.png"), *more).exception
+@pytest.mark.parametrize(("more", "said"), [(["--track"], "leave them out"), ([], "cannot be written")])
+def test_out_is_refused_before_anything_runs(cli, monkeypatch, tmp_path, more, said):
+    monkeypatch.setattr(diff_ladder, "diff_ladder", lambda *_, **__: pytest.fail("something ran"))
+    (tmp_path / "file").touch()
+    error = cli("--out", str(tmp_path / "file" / "ladder.png"), *more).exception
     assert isinstance(error, UserError)
     assert said in str(error)
 

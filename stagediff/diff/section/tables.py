@@ -63,7 +63,7 @@ def score_table(rows: pd.DataFrame, names: Mapping[str, str]) -> str:
             share(r.random_flagged, r.random),
             ratio(r),
             number(float(r.p), 2),
-            f"{_share(r.auroc)} ({_share(r.auroc_low)}–{_share(r.auroc_high)})" if hasattr(r, "auroc_low") else _share(r.auroc),
+            f"{_share(r.auroc)} ({_share(r.auroc_low)}–{_share(r.auroc_high)})",
             _share(r.average_precision),
         ]
         for r in rows.itertuples(index=False)

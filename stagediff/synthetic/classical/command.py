@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from stagediff.pictures import checked
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -56,8 +58,9 @@ def command(
         from stagediff.synthetic.classical.denoise import denoise
         from stagediff.synthetic.classical.figure import figure_png
 
+        checked(out)
         table, picture = denoise(photograph, seeds)
-        _write(out, figure_png(picture))
+        out.write_bytes(figure_png(picture))
         title, columns, legend = f"Denoising {photograph}", IMAGE, f"{IMAGE_LEGEND} Pictures: {out}"
     else:
         from stagediff.synthetic.classical.compare import compare
@@ -70,18 +73,6 @@ def command(
         print(json.dumps(made | ({"picture": str(out)} if image else {})))
     else:
         _show(table, title, columns, legend)
-
-
-def _write(path: Path, data: bytes) -> None:
-    from stagediff.errors import UserError
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    except OSError as error:
-        raise UserError(
-            f"The pictures cannot be written to {path} ({error.strerror}). Give a file in a folder that can be written: --out."
-        ) from None
 
 
 def _show(table: "pd.DataFrame", title: str, columns: dict[str, tuple[str, str]], legend: str) -> None:
