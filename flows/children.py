@@ -40,7 +40,7 @@ from stagediff import steps
 from stagediff.errors import UserError
 from stagediff.plan import Node
 from stagediff.spec import Ref
-from stagediff.store import State, Store
+from stagediff.store import Store
 
 __all__ = ["Child", "Children", "Piece", "cancel_children", "patiently"]
 
@@ -120,7 +120,7 @@ class Children:
 
     def start(self, piece: Piece) -> Child:
         """The child for this piece: as it is where it has finished or is on its way, scheduled again where it ended otherwise, else a new one."""
-        is_there = self._store.artifact(piece.node.ref).state is State.COMPLETE
+        is_there = steps.is_done(piece.node.spec, self._store)
         again = 0
         while True:
             key = self._key(piece, again)

@@ -20,10 +20,10 @@ from flows.children import Child, Children, Piece, patiently
 from flows.pools import CPU, GPU, gpus_of, type_of
 from flows.resources import check_variables, job_variables
 from flows.slots import GPUS
+from stagediff import steps
 from stagediff.errors import StagediffError, UserError
 from stagediff.resources import StepResources, resources_of
 from stagediff.spec import Ref
-from stagediff.store import State
 
 if TYPE_CHECKING:
     from flows.session import Session
@@ -136,7 +136,7 @@ def run_all(session: "Session") -> None:
                     f"{node.name} ended as Completed {TRIES} times, but its artifact {store.root}/{node.ref} is not complete. Do its workers use "
                     "the same store as this run? A folder must be shared by all machines."
                 )
-            parts = targets.wants(node.spec.step).parts
+            parts = 1 if node.spec.is_made_by_readers else targets.wants(node.spec.step).parts
             pieces = [Piece(node, part, parts, run.is_forced(node)) for part in range(parts)]
             going[node.ref] = [children.start(piece) for piece in pieces]
         if not going:
@@ -169,7 +169,7 @@ def _settle(
     node = group[0].piece.node
     going.pop(ref, None)
     failed.pop(ref, None)
-    if session.store.artifact(ref).state is State.COMPLETE:
+    if steps.is_done(node.spec, session.store):
         session.steps_run.finished(node)
         log.info("%s: done", node.name)
     else:

@@ -26,7 +26,7 @@ from stagediff.errors import DamagedError, StagediffError, UserError
 from stagediff.plan import Node, Plan, Run
 from stagediff.plan import execute as one_by_one
 from stagediff.progress import Progress, Task
-from stagediff.ranks.launch import RankLostError, ranks_here
+from stagediff.ranks.launch import RankLostError, is_shared
 from stagediff.spec import Ref, Spec
 from stagediff.store import Store
 
@@ -42,8 +42,7 @@ _current: "Lanes | None" = None
 
 def run(spec: Spec, store: Store, **options: Any) -> Ref:
     """As `ranks.run`; in one of the open lanes where there are any, and the step is not shared by several processes anyway."""
-    shared = steps.get(spec.step).by_ranks and ranks_here() > 1
-    if _current is None or shared:
+    if _current is None or is_shared(spec):
         return ranks.run(spec, store, **options)
     return _current.run(spec, store, **options)
 

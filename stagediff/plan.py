@@ -173,8 +173,8 @@ class Run:
         ready = [node for node in self.ready() if node.ref not in going and node.ref not in failed]
         if self.keep != "tables":
             return ready
-        held = (n.ref for n in self.plan if self._goes(n))
-        room = AHEAD - sum(ref.kind == "activations" for ref in going) - sum(self._states[ref] is State.COMPLETE for ref in held)
+        held = [n.ref for n in self.plan if self._goes(n)]
+        room = AHEAD - sum(ref in going or self._states[ref] is State.COMPLETE for ref in held)
         out: list[Node] = []
         for node in ready:
             if self._goes(node):
@@ -185,8 +185,8 @@ class Run:
         return out
 
     def _goes(self, node: Node) -> bool:
-        """Whether it is bulk data that goes again one day."""
-        return node.spec.kind == "activations" and node.ref not in self.plan.kept
+        """Whether it is bulk data that is stored, and goes again one day."""
+        return node.spec.kind == "activations" and node.ref not in self.plan.kept and not node.spec.is_made_by_readers
 
     def urgent(self, nodes: Iterable[Node]) -> list[Node]:
         """By how many steps have to follow one after the other, most first: what hangs at the side does not hold up the longest chain."""
@@ -214,7 +214,7 @@ class Run:
 
         Idle activations go where only tables are kept.
         """
-        self._states[node.ref] = State.COMPLETE
+        self._states[node.ref] = State.EVICTED if node.spec.is_made_by_readers else State.COMPLETE
         self._forced.discard(node.ref)
         if self._anything_forced:
             self._force(n.ref for n in self.plan if node.ref in n.spec.refs() and self._read_other_bytes(n))

@@ -261,7 +261,9 @@ def is_done(spec: Spec, store: Store, force: bool | str = False) -> bool:
     """Whether `run` would return at once. Raises DamagedError when the manifest cannot be trusted and it is not forced."""
     try:
         artifact = store.artifact(spec.ref)
-        if artifact.state is not State.COMPLETE or force is True:
+        state = artifact.state
+        is_there = state is State.COMPLETE or (state is State.EVICTED and spec.is_made_by_readers)
+        if not is_there or force is True:
             return False
         if not force:
             return True

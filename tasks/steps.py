@@ -20,7 +20,6 @@ from stagediff import lanes, steps
 from stagediff.errors import StagediffError
 from stagediff.progress import Progress
 from stagediff.spec import Ref
-from stagediff.store import State as Stored
 from stagediff.store import Store
 from tasks.display import Reporter, show_result
 
@@ -92,7 +91,6 @@ def _compute(
 ) -> str:
     opened = Store(store)
     full = steps.spec_from_json(step, spec)
-    artifact = opened.artifact(full.ref)
     if not TaskRunContext.get():
         return lanes.run(full, opened, device=device, part=part, force=force, name=name)
     # once for a pipeline's run, however often this one is retried: a run that was killed just after the commit finds its work done
@@ -100,7 +98,7 @@ def _compute(
     was_there = steps.is_done(full, opened, once)
     with Reporter(name, full.key) as reporter:
         ref = lanes.run(full, opened, device=device, part=part, progress=Progress(listener=reporter), force=once, name=name)
-    if artifact.state is Stored.COMPLETE:
+    if steps.is_done(full, opened):
         how = "was complete, nothing was computed" if was_there else "computed"
         show_result(name, ref, opened, how, report)
     else:

@@ -8,6 +8,7 @@ computed meanwhile (docs/decisions/004). Memory: one batch and one shard, on CUD
 fp16 is never used: residual streams overflow it (Gemma 3 reaches 696,320). NaN and infinity are an error that names the row and the layer.
 """
 
+import hashlib
 import json
 import time
 from collections import deque
@@ -29,9 +30,11 @@ if TYPE_CHECKING:
     from stagediff.store.arrays import ArrayWriter
     from stagediff.store.writer import Writer
 
-__all__ = ["chunk_rows", "compute", "forward_shard"]
+__all__ = ["FIRST_SHARD", "chunk_rows", "compute", "forward_shard", "vectors"]
 
 CHUNK_BYTES = 8 << 20
+FIRST_SHARD = "first-shard.json"
+"""Of a harvest that is not stored: stands for the bytes that its readers make."""
 AHEAD_ON_CUDA = 1
 """Shards that may still be in writing there while the next one is computed. A CPU has none: a kill loses one shard more than this at most."""
 
@@ -89,11 +92,8 @@ def compute(spec: HarvestSpec, job: "Job") -> dict[str, Any] | None:
                 start, cpu_start = time.perf_counter(), time.process_time()
             first = shard * spec.shard_rows
             ids = rows.read_rows(first, min(first + spec.shard_rows, spec.rows))
-            _check_ids(ids, loaded, spec)
             block = writer.block(len(ids) * per_row, d, pinned=on_cuda)
-            norms = forward_shard(loaded, spec.hook, ids, kept, spec.batch_rows, block, advance=task.advance)
-            if not bool(torch.isfinite(norms).all()):
-                _explain(loaded, spec, ids, block, first, per_row)
+            norms = vectors(loaded, spec, ids, first, kept, block, advance=task.advance)
             waited += writer.put(shard, block, norms)
             computed += len(block)
     if computed:
@@ -109,15 +109,19 @@ def compute(spec: HarvestSpec, job: "Job") -> dict[str, Any] | None:
 
 
 def _looked_at(spec: HarvestSpec, job: "Job", ids: np.ndarray, kept: np.ndarray, d: int) -> dict[str, Any]:
-    """Figures of the first shard, of a harvest that is not stored: what is wrong with the model or the rows is known before a training begins."""
+    """Figures of the first shard, of a harvest that is not stored: what is wrong with the model or the rows is known before a training begins.
+
+    FIRST_SHARD names what it was made from too, so that whoever read other bytes than it would give now is known (`Store.bytes_of`).
+    """
     job.writer.leaves_bulk_out = True
+    for left in ("data", "norms"):  # of a harvest that was to be stored, and was stopped
+        job.writer.drop(left)
     with job.progress.task("harvest", len(ids) * len(kept), "tokens") as task:
         loaded = load_model(spec.model, job.store, precision=spec.precision, device=job.device, upto=spec.hook)
-        _check_ids(ids, loaded, spec)
         block = torch.empty(len(ids) * len(kept), d, dtype=torch.bfloat16)
-        norms = forward_shard(loaded, spec.hook, ids, kept, spec.batch_rows, block, advance=task.advance)
-    if not bool(torch.isfinite(norms).all()):
-        _explain(loaded, spec, ids, block, 0, len(kept))
+        norms = vectors(loaded, spec, ids, 0, kept, block, advance=task.advance)
+    digest = hashlib.sha256(block.view(torch.uint16).numpy()).hexdigest()
+    job.writer.write_json(FIRST_SHARD, {"tokens": len(block), "sha256": digest, "inputs": job.store.bytes_of(spec.refs())})
     mean = float(norms.double().mean())
     return {"measured_tokens": len(block), "mean_norm": mean, "max_norm": float(norms.max()), "mean_norm_per_sqrt_d": mean / d**0.5}
 
@@ -128,6 +132,17 @@ def chunk_rows(shard_rows: int, d: int) -> int:
     while shard_rows % parts:
         parts += 1
     return shard_rows // parts
+
+
+def vectors(
+    loaded: LoadedModel, spec: HarvestSpec, ids: np.ndarray, first: int, kept: np.ndarray, out: Tensor, advance: Any = None
+) -> Tensor:
+    """As `forward_shard` for the token rows from `first` on. Raises UserError: token ids the model does not know, NaN or infinity."""
+    _check_ids(ids, loaded, spec)
+    norms = forward_shard(loaded, spec.hook, ids, kept, spec.batch_rows, out, advance)
+    if not bool(torch.isfinite(norms).all()):
+        _explain(loaded, spec, ids, out, first, len(kept))
+    return norms
 
 
 def forward_shard(

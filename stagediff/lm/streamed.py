@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from stagediff.lm import sources
-from stagediff.lm.harvest import forward_shard
+from stagediff.lm.harvest import vectors
 from stagediff.lm.models import LoadedModel, load_model
 from stagediff.lm.spec import HarvestSpec
 
@@ -49,7 +49,7 @@ class StreamedArray:
         last = min(math.ceil(stop / t / size) * size, self.spec.rows)
         ids = self._rows.read_rows(first, last)
         out = torch.empty(len(ids) * t, self.shape[1], dtype=torch.bfloat16)
-        forward_shard(self._model(), self.spec.hook, ids, self._kept, size, out)
+        vectors(self._model(), self.spec, ids, first, self._kept, out)
         patterns: Any = out.view(torch.uint16).numpy()
         return patterns[start - first * t : stop - first * t]
 

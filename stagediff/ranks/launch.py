@@ -21,7 +21,7 @@ from stagediff.ranks.tree import Ended, run_tree
 from stagediff.spec import Ref, Spec
 from stagediff.store import Store
 
-__all__ = ["RANKS", "SHARD", "RankLostError", "command", "ranks_here", "run", "shard_here"]
+__all__ = ["RANKS", "SHARD", "RankLostError", "command", "is_shared", "ranks_here", "run", "shard_here"]
 
 log = logging.getLogger("stagediff")
 
@@ -42,6 +42,12 @@ def ranks_here() -> int:
     if not text.isdigit() or int(text) < 1:
         raise UserError(f"{RANKS} is {text!r}; expected the number of processes that share a step, at least 1.")
     return int(text)
+
+
+def is_shared(spec: Spec, ranks: int | None = None) -> bool:
+    """Whether `ranks` processes (None: as STAGEDIFF_RANKS says) compute this step together."""
+    ranks = ranks_here() if ranks is None else ranks
+    return ranks > 1 and steps.get(spec.step).by_ranks and not spec.is_made_by_readers
 
 
 def shard_here() -> str:
@@ -68,8 +74,7 @@ def run(
     Call it in the main thread (see `run_tree`). Raises RankLostError when a process dies, and what `steps.run` raises.
     """
     ranks = ranks_here() if ranks is None else ranks
-    step = steps.get(spec.step)
-    if ranks == 1 or not step.by_ranks:
+    if not is_shared(spec, ranks):
         return steps.run(spec, store, device=device, part=part, progress=progress, force=force, name=name)
     if steps.is_done(spec, store, force):
         return spec.ref

@@ -210,6 +210,13 @@ class Writer:
             raise ValueError(f"array {name!r} is open with another layout")
         return self._arrays[name]
 
+    def drop(self, folder: str) -> None:
+        """Removes what an earlier writer left below a folder, receipts and claims too."""
+        with self._locked():
+            for place in (f"{RECEIPTS}/{folder}", claims(folder), folder):
+                self.objects.delete_tree(f"{self.ref}/{place}")
+            self._records = {name: record for name, record in self._records.items() if not name.startswith(f"{folder}/")}
+
     def scratch(self) -> Path:
         """A local folder for temporary files, gone when the block ends. With a local store it lies on the store's disk."""
         if self._scratch is None:

@@ -213,6 +213,15 @@ def test_a_harvest_in_parts_is_several_runs_and_one_artifact(worker, copy, finis
     assert store.artifact(ref).manifest.data() == finished_run[1].artifact(ref).manifest.data()
 
 
+def test_a_harvest_that_is_not_stored_is_one_run_and_done(worker, copy, finished_run):
+    config, store, plan = copy("harvest-base", "finetune-D", harvest={"shard_mib": 1, "stored": False}, resources={"harvest": {"parts": 2}})
+    made = finished_run[1].artifact(plan["finetune-D"].ref).manifest
+    run(config)
+    assert [name for name, _ in worker.ran] == ["harvest-base", "finetune-D", "report"]
+    assert store.artifact(plan["harvest-base"].ref).state is State.EVICTED
+    assert store.artifact(plan["finetune-D"].ref).manifest.data() == made.data()
+
+
 def test_dropped_activations_are_made_again_for_a_forced_step_and_go_again(worker, copy):
     config, store, plan = copy(keep="tables")
     for node in plan:

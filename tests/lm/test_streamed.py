@@ -50,10 +50,8 @@ def test_what_is_read_has_the_stored_ones_bits(specs: Any, store: Store, monkeyp
         assert torch.equal(read(store, data), there)
 
     seen: list[int] = []
-    forward = streamed.forward_shard
-    monkeypatch.setattr(
-        streamed, "forward_shard", lambda loaded, hook, ids, *more: seen.append(len(ids)) or forward(loaded, hook, ids, *more)
-    )
+    forward = streamed.vectors
+    monkeypatch.setattr(streamed, "vectors", lambda loaded, spec, ids, *more: seen.append(len(ids)) or forward(loaded, spec, ids, *more))
     array = ActivationReader(store, ActivationData(base=base.ref, rows=ROWS))._array
     assert array.read_rows(5 * 8 + 3, 6 * 8).shape == (5, 32)
     assert seen == [4], "the batch that holds them, and no other"
@@ -76,6 +74,64 @@ def test_the_step_looks_at_the_first_shard(specs: Any, store: Store, save_tiny: 
     small = sources.resolve_model(name=str(save_tiny("gpt2", vocab_size=50)))
     with pytest.raises(UserError, match="does not know|knows ids"):
         steps.run(unstored(base.model_copy(update={"model": small})), store)
+
+
+def test_bytes_that_nobody_stored_are_told_apart(specs: Any, store: Store) -> None:
+    """What trained on rows that were drawn anew, and came out otherwise, is known to be stale: even beyond the shard that is looked at."""
+    base, _, _ = specs
+    steps.run(unstored(base), store)
+    before = store.bytes_of([base.ref])
+    steps.run(unstored(base), store, force=True)
+    assert store.bytes_of([base.ref]) == before
+    manifest = store.artifact(base.ref).manifest
+    assert (manifest.same_bytes, manifest.figures["measured_tokens"]) == (True, 16 * 8)
+
+    ids = store.artifact(base.tokens).array("rows").read_rows(0, ROWS).copy()
+    ids[-1] = (ids[-1] + 1) % 97
+    rows = store.artifact(base.tokens)
+    spec, table = rows.spec(), rows.read_table("rows.parquet")
+    store.remove(base.tokens)
+    with store.write(spec) as w:
+        array = w.array("rows", shape=ids.shape, dtype="int32", chunk_rows=16, shard_rows=16)
+        for i in array.pending():
+            array.write_shard(i, ids[i * 16 : (i + 1) * 16])
+        w.write_table("rows.parquet", table)
+        w.commit(figures={})
+    steps.run(unstored(base), store, force=True)
+    assert store.bytes_of([base.ref]) != before
+    assert store.artifact(base.ref).manifest.same_bytes is False
+
+
+def test_it_is_done_for_those_who_read_it_so_and_for_no_other(specs: Any, store: Store) -> None:
+    base, _, _ = specs
+    steps.run(unstored(base), store)
+    assert steps.is_done(unstored(base), store)
+    assert not steps.is_done(base, store), "it is to be stored now"
+    steps.run(base, store)
+    assert store.artifact(base.ref).state is State.COMPLETE
+    assert steps.is_done(unstored(base), store)
+
+
+def test_shards_of_a_harvest_that_was_to_be_stored_do_not_stay(specs: Any, store: Store) -> None:
+    base, _, _ = specs
+    steps.run(base, store, part=(0, 3))
+    assert store.objects.entries(f"{base.ref}/data")
+    steps.run(unstored(base), store)
+    assert not store.objects.entries(f"{base.ref}/data")
+    assert store.artifact(base.ref).verify() == []
+
+
+def test_every_shard_is_looked_at(specs: Any, store: Store, put_rows: Any) -> None:
+    """A token that the model does not know, in a shard that the step did not see."""
+    base, _, _ = specs
+    ids = np.zeros((ROWS, CONTEXT), np.int32)
+    ids[40, 3] = 97
+    spec = base.model_copy(update={"tokens": put_rows(ids)})
+    steps.run(unstored(spec), store)
+    reader = ActivationReader(store, ActivationData(base=spec.ref, rows=ROWS))
+    assert reader.read_shard(0).shape == (16 * 8, 32)
+    with pytest.raises(UserError, match="token id 97"):
+        reader.read_shard(2)
 
 
 def test_evicted_activations_can_be_read_too(specs: Any, store: Store) -> None:

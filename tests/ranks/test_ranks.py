@@ -20,6 +20,7 @@ from safetensors.torch import load
 from stagediff import ranks, steps
 from stagediff.errors import UserError
 from stagediff.progress import Progress, Task
+from stagediff.ranks.launch import is_shared
 from stagediff.sae.dictionary import ARCHITECTURES, resolved
 from stagediff.sae.gradients import Context
 from stagediff.sae.initial import fresh
@@ -271,6 +272,12 @@ def test_a_harvest_is_shared_out_by_shards_to_the_same_bytes(finished_run, tmp_p
     assert len(found.writers) == 2
     assert found.numerics["world_size"] == 1, "a share's bytes do not depend on how many there are"
     assert any("[rank 1]" in record.getMessage() for record in caplog.records), "the ranks' lines reach the log"
+
+
+def test_a_harvest_that_is_not_stored_is_nobodys_to_share(finished_run):
+    spec = next(node.spec for node in finished_run[0] if node.spec.step == "harvest")
+    assert is_shared(spec, 2)
+    assert not is_shared(spec.model_copy(update={"stored": False}), 2)
 
 
 def test_a_users_mistake_in_a_rank_is_a_users_mistake(planted, tmp_path):
