@@ -49,7 +49,6 @@ def run_plan(config: dict[str, Any], store: str, *, device: str = "auto", force:
         os.environ.setdefault(name, value)
     for name in _LEVELS:  # the command shows the library's lines, and errors in its own words
         os.environ.setdefault(name, "CRITICAL")
-    _server_apart()
     from prefect import Flow
     from prefect.settings import get_current_settings
 
@@ -57,7 +56,10 @@ def run_plan(config: dict[str, Any], store: str, *, device: str = "auto", force:
     from flows.stagewise import stagewise
     from flows.track import track
 
-    if get_current_settings().api.url is not None and not chosen:
+    api = get_current_settings().api.url
+    if api is None:
+        _server_apart()
+    elif not chosen:
         for logger in ("prefect", "prefect.extra"):
             logging.getLogger(logger).setLevel(logging.INFO)
         for handler in logging.getLogger().handlers:

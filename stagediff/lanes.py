@@ -26,7 +26,8 @@ from stagediff.errors import DamagedError, StagediffError, UserError
 from stagediff.plan import Node, Plan, Run
 from stagediff.plan import execute as one_by_one
 from stagediff.progress import Progress, Task
-from stagediff.ranks.launch import RankLostError, is_shared
+from stagediff.numerics import cores
+from stagediff.ranks.launch import RANKS, RankLostError, ranks_here
 from stagediff.spec import Ref, Spec
 from stagediff.store import Store
 
@@ -41,10 +42,8 @@ _current: "Lanes | None" = None
 
 
 def run(spec: Spec, store: Store, **options: Any) -> Ref:
-    """As `ranks.run`; in one of the open lanes where there are any, and the step is not shared by several processes anyway."""
-    if _current is None or is_shared(spec):
-        return ranks.run(spec, store, **options)
-    return _current.run(spec, store, **options)
+    """As `ranks.run`; in one of the open lanes where there are any."""
+    return ranks.run(spec, store, **options) if _current is None else _current.run(spec, store, **options)
 
 
 def execute(run: Run, count: int, compute: Callable[[Node], Any], on_done: Callable[[Node], Any] | None = None) -> None:
@@ -69,8 +68,10 @@ def execute(run: Run, count: int, compute: Callable[[Node], Any], on_done: Calla
                         run.finished(node)
                         if on_done:
                             on_done(node)
-                    else:
-                        failed = failed or error
+                    elif failed is None:
+                        failed = error
+                    else:  # of those that come to their end
+                        log.error("%s: %s", node.name, error)
         except BaseException:
             lanes.end()  # or the pool would wait for them
             raise
@@ -117,6 +118,11 @@ class Lanes:
     def __init__(self, count: int):
         if count < 2:
             raise UserError(f"{count} steps at a time: side by side begins with 2 (--jobs).")
+        if ranks_here() > 1:  # a step's processes are ended from the main thread alone, and each wants the machine for itself
+            raise UserError(
+                f"{RANKS} gives every step that can be shared {ranks_here()} processes, and {count} steps are to run at a time (--jobs). Choose one: "
+                "--jobs 1, or no ranks."
+            )
         self.count = count
         self._free: queue.SimpleQueue[_Lane] = queue.SimpleQueue()
         self._all: list[_Lane] = []
@@ -162,7 +168,7 @@ class Lanes:
             "step": spec.step,
             "spec": spec.model_dump(mode="json"),
             "store": store.root,
-            "threads": _cores() if alone else max(1, _cores() // self.count),
+            "threads": _threads(1 if alone else self.count),
             "options": {"device": device, "part": part, "force": force, "name": name},
         }
         lane = self._free.get()
@@ -174,7 +180,8 @@ class Lanes:
                     if self._ended:
                         raise StagediffError(f"{name or spec.step}: stopped.") from None  # nothing to try again
                     lane.end()
-                    self._all.remove(lane)
+                    if lane in self._all:  # or none could be opened in its place
+                        self._all.remove(lane)
                     lane = self._opened(lane.index)
             raise error
         finally:
@@ -214,7 +221,10 @@ class _Lane:
                             shown[word["name"]] = open_tasks.enter_context(task)
                         shown[word["name"]].advance(word["done"] - shown[word["name"]].done, word["note"])
                     elif kind == "log":
-                        logging.getLogger(word.name).handle(word)
+                        record = logging.makeLogRecord(word)
+                        logger = logging.getLogger(record.name)
+                        if logger.isEnabledFor(record.levelno):
+                            logger.handle(record)
                     else:
                         break
         except (EOFError, OSError):
@@ -240,9 +250,11 @@ class _Lane:
             self._process.join()
 
 
-def _cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _threads(lanes: int) -> int:
+    """How many threads a step computes with where so many lanes share the cores: not more than OMP_NUM_THREADS allows any process."""
+    allowed = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    share = max(1, cores() // lanes)
+    return min(share, max(1, int(allowed))) if allowed.isdigit() else share
 
 
 def _raise(called: str, kind: str, text: str) -> None:
@@ -255,7 +267,9 @@ def _raise(called: str, kind: str, text: str) -> None:
 
 
 def _serve(pipe: connection.Connection, index: int, level: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that gives the work, and it ends this one
+    for name in ("SIGINT", "SIGHUP"):  # Ctrl-C, or a terminal that closes, is for the process that gives the work, and it ends this one
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     lock = threading.Lock()
 
@@ -282,8 +296,10 @@ def _serve(pipe: connection.Connection, index: int, level: int) -> None:
 
 def _work(order: dict[str, Any], index: int, tell: Any) -> None:
     import torch
+    from threadpoolctl import threadpool_limits
 
     torch.set_num_threads(order["threads"])
+    threadpool_limits(order["threads"], user_api="blas")  # numpy's and scipy's
     spec = steps.spec_from_json(order["step"], order["spec"])
     options = order["options"]
     if options["device"] in ("auto", "cuda") and torch.cuda.device_count() > 1:
@@ -292,7 +308,11 @@ def _work(order: dict[str, Any], index: int, tell: Any) -> None:
     def listen(task: Task) -> None:
         tell("progress", {"name": task.name, "total": task.total, "unit": task.unit, "done": task.done, "note": task.note})
 
-    steps.run(spec, Store(order["store"]), progress=Progress(interactive=False, log_every=float("inf"), listener=listen), **options)
+    try:
+        steps.run(spec, Store(order["store"]), progress=Progress(interactive=False, log_every=float("inf"), listener=listen), **options)
+    finally:
+        if torch.cuda.is_initialized():  # what this lane does not use belongs to the others on the same GPU
+            torch.cuda.empty_cache()
 
 
 class _Teller(logging.Handler):
@@ -306,8 +326,8 @@ class _Teller(logging.Handler):
         text = record.getMessage()
         if record.exc_info:
             text += "\n" + "".join(traceback.format_exception(*record.exc_info))
-        record.msg, record.args, record.exc_info = text, None, None  # as text: anything may be in there
-        self._tell("log", record)
+        kept = ("name", "levelno", "levelname", "pathname", "lineno", "created", "process", "processName")
+        self._tell("log", {**{name: getattr(record, name) for name in kept}, "msg": text})  # as text: anything may be in the rest
 
 
 def _end_with_parent() -> None:

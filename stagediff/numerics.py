@@ -9,7 +9,7 @@ from typing import Any
 
 from stagediff.errors import UserError
 
-__all__ = ["describe", "has_bf16_products", "resolve_device", "reuse_freed_memory"]
+__all__ = ["cores", "describe", "has_bf16_products", "resolve_device", "reuse_freed_memory"]
 
 _VERSIONS = ("stagediff", "torch", "transformers", "zarr", "numpy", "numba", "triton", "pyarrow", "safetensors")
 
@@ -29,6 +29,11 @@ def reuse_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(_MMAP_THRESHOLD, 32 << 20)  # the largest that glibc takes
     libc.mallopt(_TRIM_THRESHOLD, 256 << 20)
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def resolve_device(device: str) -> str:

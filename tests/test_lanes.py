@@ -1,11 +1,14 @@
 """Steps side by side: what runs when, what comes back from a lane, and that none outlives the run."""
 
+import logging
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -15,6 +18,7 @@ from tiny import tiny_config
 from stagediff import lanes, steps
 from stagediff.config import make_plan, parse_config
 from stagediff.errors import UserError
+from stagediff.numerics import cores
 from stagediff.plan import Run
 from stagediff.progress import Progress
 from stagediff.ranks import RankLostError
@@ -53,7 +57,7 @@ def test_what_is_missing_is_computed_and_a_second_time_the_same_bytes(torn):
     complete(plan, store)
     for name in missing:
         assert store.artifact(plan[name].ref).manifest.data() == first[name].data()
-    assert first["finetune-D"].numerics["threads"] == max(1, lanes._cores() // 2)
+    assert first["finetune-D"].numerics["threads"] == max(1, cores() // 2)
 
 
 def test_order_and_company(tmp_path):
@@ -115,6 +119,36 @@ def test_errors_come_back_as_what_they_are_and_nothing_else_is_started(torn, cap
     assert sorted(started) == ["finetune-D", "finetune-M"]
     assert store.artifact(plan["finetune-M"].ref).is_complete, "what ran beside it came to its end"
     assert any(record.getMessage().startswith("finetune-M") and "done in" in record.getMessage() for record in caplog.records)
+
+
+def test_the_error_of_a_step_beside_one_that_failed_is_told_too(torn, caplog):
+    plan, store = torn
+    both = threading.Barrier(2)
+
+    def compute(node):
+        both.wait(60)
+        raise UserError(f"{node.name} is not to be")
+
+    with caplog.at_level("INFO", "stagediff"), pytest.raises(UserError) as raised:
+        lanes.execute(Run(plan, store), 2, compute)
+    first = str(raised.value).split()[0]
+    (other,) = {"finetune-D", "finetune-M"} - {first}
+    assert f"{other}: {other} is not to be" in caplog.messages
+
+
+def test_ranks_and_steps_side_by_side_are_refused_together(monkeypatch):
+    monkeypatch.setenv("STAGEDIFF_RANKS", "2")
+    with pytest.raises(UserError, match=r"--jobs 1, or no ranks"), lanes.Lanes(2):
+        pass
+
+
+def test_a_record_comes_through_whatever_is_in_it():
+    """What cannot be sent stays behind."""
+    told = []
+    record = logging.makeLogRecord({"name": "httpx", "levelno": logging.WARNING, "levelname": "WARNING", "msg": "slow: %s", "args": (object,)})
+    record.request = lambda: None
+    lanes._Teller(lambda kind, word: told.append(pickle.dumps(word))).emit(record)
+    assert pickle.loads(told[0])["msg"] == "slow: <class 'object'>"
 
 
 class Broken(Progress):

@@ -2,8 +2,10 @@
 
 import logging
 import re
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -40,7 +42,8 @@ class Commands(TyperGroup):
             Console(stderr=True, soft_wrap=True).print(Text("Error: ", "bold red") + Text(paragraph, "default"))
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt:
-            print("Interrupted. What is finished is kept: the same command goes on from there.", file=sys.stderr)
+            with suppress(OSError):  # the terminal may be gone
+                print("Interrupted. What is finished is kept: the same command goes on from there.", file=sys.stderr)
             raise typer.Exit(130) from None
 
 
@@ -87,7 +90,11 @@ for _name, _command in _COMMANDS.items():
 
 
 def main() -> None:
-    """Entry point."""
+    """Entry point. A terminal that closes and SIGTERM end a command as Ctrl-C does: what it has started ends with it."""
+    for name in ("SIGHUP", "SIGTERM"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores it
+            signal.signal(number, signal.default_int_handler)
     app(prog_name="stagediff")
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from stagediff.cli.options import AsJson
 from stagediff.cli.output import print_json
 from stagediff.errors import StagediffError, UserError
+from stagediff.numerics import cores
 
 __all__ = ["bench", "machine"]
 
@@ -40,7 +41,7 @@ def bench(
     ] = "train",
     case: Annotated[str, typer.Option(help="peers: A, B, C or gpu; train: one of A, B, C instead of all.")] = "",
     peers_python: Annotated[str, typer.Option(help="peers: the interpreter of an environment that has the other packages.")] = "",
-    threads: Annotated[int, typer.Option(min=1, help="train, peers, harvest.")] = os.cpu_count() or 1,
+    threads: Annotated[int, typer.Option(min=1, help="train, peers, harvest.")] = cores(),
     as_json: AsJson = False,
 ) -> None:
     """Measures this machine: training and harvest beside what it could do, and beside other packages."""

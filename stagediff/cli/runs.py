@@ -1,6 +1,5 @@
 """Sub-commands about runs: run, demo, plan, report."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import entry_points
@@ -15,12 +14,13 @@ from stagediff.cli.options import AsJson, ConfigFile, Device, Force, Jobs, Runne
 from stagediff.cli.output import count, print_json, seconds, size
 from stagediff.config import RunConfig, make_plan
 from stagediff.errors import DamagedError, UserError
+from stagediff.numerics import cores
 from stagediff.plan import Plan
 from stagediff.store import Store
 
 __all__ = ["builtin_config", "demo", "plan", "report", "run", "start"]
 
-SIDE_BY_SIDE = min(4, os.cpu_count() or 1)
+SIDE_BY_SIDE = min(4, cores())
 """Steps at a time of the demo: they are small, and one alone does not keep several cores busy."""
 
 

@@ -1,6 +1,5 @@
 """The Prefect flow: runs the whole plan, skips what is there, tries faults of the moment again."""
 
-import os
 import shutil
 
 import pytest
@@ -10,6 +9,7 @@ from tiny import tiny_config
 from flows.stagewise import stagewise
 from stagediff import steps
 from stagediff.errors import UserError
+from stagediff.numerics import cores
 from stagediff.store import Store
 from tasks import steps as step_tasks
 
@@ -68,13 +68,15 @@ def recording(function, names):
     return run
 
 
-def test_two_steps_at_a_time(finished_run, tmp_path):
+@pytest.mark.parametrize("allowed", ["", "1"])
+def test_two_steps_at_a_time(finished_run, tmp_path, monkeypatch, allowed):
     plan, store = finished_run
     shutil.copytree(store.root, tmp_path / "copy")
     copy = Store(tmp_path / "copy")
     gone = [plan[name] for name in ("finetune-D", "finetune-M", "diff")]
     for node in gone:
         copy.remove(node.ref)
+    monkeypatch.setenv("OMP_NUM_THREADS", allowed)
     assert stagewise(tiny_config(copy.root), device="cpu", jobs=2) == plan["report"].ref
     threads = {node.name: copy.artifact(node.ref).manifest.numerics["threads"] for node in gone}
-    assert set(threads.values()) == {max(1, (os.cpu_count() or 1) // 2)}
+    assert set(threads.values()) == {1 if allowed else max(1, cores() // 2)}

@@ -1,4 +1,4 @@
-"""Ctrl-C in a terminal, which every process of the command gets: it ends at once, leaves nothing behind, and the same command goes on."""
+"""Ctrl-C and a terminal that closes, which every process of the command gets, and SIGTERM: it ends at once, leaves nothing behind, and goes on."""
 
 import json
 import os
@@ -17,7 +17,8 @@ pytestmark = pytest.mark.integration
 COMMAND = Path(sys.executable).parent / "stagediff"
 
 
-def test_ctrl_c_ends_everything_and_the_run_goes_on(tmp_path):
+@pytest.mark.parametrize("how", ["SIGINT", "SIGHUP", "SIGTERM"])
+def test_what_ends_the_command_ends_everything_and_the_run_goes_on(tmp_path, how):
     config = tmp_path / "tiny.yaml"
     config.write_text(yaml.safe_dump(tiny_config(str(tmp_path / "store"))))
     words = [str(COMMAND), "run", str(config), "--jobs", "2", "--device", "cpu"]
@@ -32,12 +33,17 @@ def test_ctrl_c_ends_everything_and_the_run_goes_on(tmp_path):
     family = psutil.Process(process.pid).children(recursive=True)
     assert family, "Prefect's temporary server at least"
     start = time.monotonic()
-    os.killpg(process.pid, signal.SIGINT)
+    if how == "SIGTERM":  # a scheduler's, for the command alone
+        process.terminate()
+    else:
+        os.killpg(process.pid, getattr(signal, how))
     assert process.wait(60) == 130
     assert time.monotonic() - start < 30
     assert "the same command goes on from there" in (tmp_path / "said").read_text()
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive
+    if how != "SIGINT":
+        return
     done = subprocess.run([*words, "--json"], env=environment, capture_output=True, text=True, check=True)
     computed = json.loads(done.stdout)["computed"]
     assert "report" in computed
