@@ -9,12 +9,16 @@ from stagediff.plan import Plan
 from stagediff.sae.spec import DictionaryConfig, FinetuneSpec, QualitySpec, StatisticsSpec, TrainSpec
 from stagediff.spec import Ref
 
-__all__ = ["features_of", "quality", "statistics", "training", "training_memory"]
+__all__ = ["features_of", "figures_memory", "quality", "statistics", "step_memory", "training", "training_memory"]
 
 STATE = 32
 """Bytes of an encoder's and a decoder's number together, in fp32: weights 8, Adam's moments 16, gradients 8."""
 CHUNK = 512 << 20
 """Of topk's pre-activations, on a GPU (`sae.sparse.engine.CHUNK_BYTES`)."""
+AT_ONCE = (1024, 1 << 22)
+"""Tokens at least, or activations, that are looked at together for a finished dictionary's figures (`sae.train`)."""
+PER_ACTIVATION = {"topk": 13, "relu": 13, "batchtopk": 17, "jumprelu": 17}
+"""Bytes that each of these activations takes then."""
 PRE = {"batchtopk": 1, "relu": 2, "jumprelu": 5}
 """How many tensors of a batch's pre-activations [B, F] are held at once."""
 
@@ -30,11 +34,23 @@ def training(spec: TrainSpec | FinetuneSpec, plan: Plan) -> Estimate:
 
 
 def training_memory(spec: TrainSpec | FinetuneSpec, dictionary: DictionaryConfig, d: int, ranks: int = 1, shard: str = "batch") -> int:
-    """Bytes on each of `ranks` GPUs while a dictionary of width d trains: weights, moments, gradients, copies, and a batch's own tensors.
+    """Bytes on the fullest of `ranks` GPUs over the training of a dictionary of width d.
 
-    `shard`: what the ranks share out, features or every batch. The part of AuxK that is dense over dead features, and what the allocator holds
-    back, come on top.
+    `shard`: what the ranks share out, features or every batch. The part of AuxK that is dense over dead features, what the allocator holds back, and the
+    model's weights where activations are not stored, come on top.
     """
+    return max(step_memory(spec, dictionary, d, ranks, shard), figures_memory(dictionary, d))
+
+
+def figures_memory(dictionary: DictionaryConfig, d: int) -> int:
+    """Bytes on the first GPU when a training is over: the whole dictionary in fp32, and activations of the tokens on which its figures are taken."""
+    features = dictionary.features
+    tokens = max(AT_ONCE[0], AT_ONCE[1] // max(1, features))
+    return 8 * features * d + PER_ACTIVATION[dictionary.architecture] * tokens * features
+
+
+def step_memory(spec: TrainSpec | FinetuneSpec, dictionary: DictionaryConfig, d: int, ranks: int = 1, shard: str = "batch") -> int:
+    """Bytes on each GPU during a step: weights, moments, gradients, copies, and a batch's own tensors."""
     resolved_auxk = d // 2 if dictionary.auxk is None and dictionary.architecture in ("topk", "batchtopk") else dictionary.auxk or 0
     split = ranks if shard == "features" else 1
     own = dictionary.features // split

@@ -67,6 +67,7 @@ def evaluate(sae: SAE, batches: Iterable[Tensor]) -> Quality:
     for x in batches:
         f = sae.encode(x)
         meter.add(x, sae.decode(f), f)
+        del f  # or it lay beside the next batch's
     return meter.result()
 
 

@@ -89,6 +89,8 @@ def compute(spec: TrainSpec | FinetuneSpec, job: Job) -> dict[str, Any]:
     _train(spec, job, trainer, data, order, record)
     sae = trainer.team.dictionary(trainer)
     assert sae is not None, "the first rank gets it"
+    kept = trainer.team.whole(trainer.optimiser_state()) if spec.keep_optimiser else {}
+    del trainer  # its moments and copies, or a dictionary split over ranks would find no room at the first one
     sae = sae.to(job.device)
     figures = _figures(sae, data, order, spec, job.device)
     cfg, weights = to_bytes(sae, {"hook_name": f"blocks.{data.hook.layer}.hook_{data.hook.site}", "context_size": data.context})
@@ -97,7 +99,7 @@ def compute(spec: TrainSpec | FinetuneSpec, job: Job) -> dict[str, Any]:
         job.writer.write_table(REVIVED, _revived(record.revived), columns=REVIVED_COLUMNS)
     if spec.keep_optimiser:
         file = job.writer.scratch() / OPTIMISER
-        save_file({name: value.contiguous() for name, value in trainer.team.whole(trainer.optimiser_state()).items()}, file)
+        save_file({name: value.contiguous() for name, value in kept.items()}, file)
         job.writer.write_file(OPTIMISER, file)
     job.writer.write_bytes(WEIGHTS, weights)
     job.writer.write_bytes(CFG, cfg)

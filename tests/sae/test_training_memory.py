@@ -1,17 +1,20 @@
 """`stagediff plan` predicts a training's memory: checked against the tensors that a training holds."""
 
 import gc
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from peak import peak_mib
 
-from stagediff.sae.estimate import CHUNK, training_memory
+from stagediff.sae.estimate import AT_ONCE, CHUNK, figures_memory, step_memory, training_memory
 from stagediff.sae.initial import fresh
 from stagediff.sae.parallel import Team
 from stagediff.sae.sharded import Shards
 from stagediff.sae.sparse.engine import CHUNK_BYTES
 from stagediff.sae.spec import Budget, DictionaryConfig
+from stagediff.sae.train import EVALUATED_VALUES, FEWEST_TOKENS
 from stagediff.sae.trainer import Trainer
 
 
@@ -39,8 +42,8 @@ def test_what_a_training_holds_between_steps_is_what_is_predicted(architecture, 
     own = features // ranks
     held = sum(size for size in seen.values() if size >= 2 * own * d and size % (2 * own * d) == 0)
     copies = 4 * own * d if architecture == "relu" and ranks > 1 else 0  # dense steps make them anew
-    batch_part = training_memory(spec, config.model_copy(update={"features": 0}), d, ranks, "features")
-    predicted = training_memory(spec, config, d, ranks, "features") - batch_part
+    batch_part = step_memory(spec, config.model_copy(update={"features": 0}), d, ranks, "features")
+    predicted = step_memory(spec, config, d, ranks, "features") - batch_part
     assert held + copies == pytest.approx(predicted, rel=0.03)
     assert outcome.gradients
 
@@ -49,11 +52,34 @@ def test_a_wide_dictionary_fits_eight_gpus_and_not_one():
     """F 262,144 at d 4,096, batch 4,096, k 64: 36 bytes for each of 2^30 numbers of the encoder and the decoder."""
     config = DictionaryConfig(architecture="topk", features=262_144, k=64, auxk=0)
     spec = SimpleNamespace(budget=Budget(tokens=1 << 20), compute="bf16")
-    one, eight = training_memory(spec, config, 4096), training_memory(spec, config, 4096, 8, "features")
+    one, eight = training_memory(spec, config, 4096), step_memory(spec, config, 4096, 8, "features")
     assert 36 * 2**30 <= one < 38 * 2**30
     assert 36 * 2**27 <= eight < 6 * 2**30
+    assert training_memory(spec, config, 4096, 8, "features") == figures_memory(config, 4096) < 12 * 2**30, "whole, once it is trained"
     assert training_memory(spec, config, 4096, 8, "batch") > 36 * 2**30, "data parallel ranks hold all of it"
 
 
-def test_both_know_the_same_chunk():
+FIGURES = """
+import sys, torch
+from stagediff.sae.initial import fresh
+from stagediff.sae.metrics import evaluate
+from stagediff.sae.spec import DictionaryConfig
+config = DictionaryConfig.model_validate_json(sys.argv[1])
+sae = fresh(config, 1.0, torch.zeros(16), seed=0)
+evaluate(sae, (torch.randn(int(sys.argv[2]), 16) for _ in range(3)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+def test_what_a_finished_dictionarys_figures_take_is_what_is_predicted(architecture):
+    config = DictionaryConfig(architecture=architecture, features=1 << 16, k=8, auxk=0)
+    few = 16
+    measured = peak_mib(FIGURES, config.model_dump_json(), str(AT_ONCE[0])) - peak_mib(FIGURES, config.model_dump_json(), str(few))
+    predicted = (figures_memory(config, 16) - 8 * (1 << 16) * 16) * (AT_ONCE[0] - few) / AT_ONCE[0] / 2**20
+    assert measured == pytest.approx(predicted, rel=0.05)
+
+
+def test_both_know_the_same():
     assert CHUNK_BYTES["cuda"] == CHUNK
+    assert (FEWEST_TOKENS, EVALUATED_VALUES) == AT_ONCE
