@@ -120,7 +120,19 @@ def make_plan(config: RunConfig, store: "Store") -> "Plan":
             steps.resolve(extension.plan)(config, config.extensions[name], plan, store)
     for ending in steps.endings():
         steps.resolve(ending)(config, plan)
+    _check_shared(config, plan)
     return plan
+
+
+def _check_shared(config: RunConfig, plan: "Plan") -> None:
+    """Raises UserError where a step cannot be computed by as many processes as the config wants."""
+    for node in plan:
+        wanted, check = config.resources.get(node.spec.step), steps.get(node.spec.step).check_shared
+        if wanted is not None and check and (wanted.gpus or 0) > 1:
+            try:
+                steps.resolve(check)(node.spec, plan, wanted.gpus, wanted.shard)
+            except UserError as error:
+                raise UserError(f"{node.name}: {error}") from None
 
 
 def _validate(cls: Any, body: Mapping[str, Any], prefix: str = "") -> Any:

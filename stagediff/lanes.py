@@ -23,10 +23,10 @@ from typing import Any
 
 from stagediff import ranks, steps
 from stagediff.errors import DamagedError, StagediffError, UserError
+from stagediff.numerics import cores
 from stagediff.plan import Node, Plan, Run
 from stagediff.plan import execute as one_by_one
 from stagediff.progress import Progress, Task
-from stagediff.numerics import cores
 from stagediff.ranks.launch import RANKS, RankLostError, ranks_here
 from stagediff.spec import Ref, Spec
 from stagediff.store import Store

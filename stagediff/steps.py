@@ -69,6 +69,8 @@ class Step:
     """For `stagediff plan`: "module:function", (spec, plan) -> Estimate (see `stagediff.estimate`)."""
     check: str | None = None
     """"module:function", (spec) -> None: raises UserError for what can be known to be wrong before any step of the run computes."""
+    check_shared: str | None = None
+    """"module:function", (spec, plan, ranks, shard) -> None: raises UserError where so many processes cannot share the step that way."""
     assist: str | None = None
     """"module:function", (spec, store, device) -> None: the part of every rank but the first, where several compute the step together."""
 

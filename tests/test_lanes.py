@@ -145,7 +145,9 @@ def test_ranks_and_steps_side_by_side_are_refused_together(monkeypatch):
 def test_a_record_comes_through_whatever_is_in_it():
     """What cannot be sent stays behind."""
     told = []
-    record = logging.makeLogRecord({"name": "httpx", "levelno": logging.WARNING, "levelname": "WARNING", "msg": "slow: %s", "args": (object,)})
+    record = logging.makeLogRecord(
+        {"name": "httpx", "levelno": logging.WARNING, "levelname": "WARNING", "msg": "slow: %s", "args": (object,)}
+    )
     record.request = lambda: None
     lanes._Teller(lambda kind, word: told.append(pickle.dumps(word))).emit(record)
     assert pickle.loads(told[0])["msg"] == "slow: <class 'object'>"

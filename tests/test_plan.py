@@ -20,6 +20,21 @@ def plan_of(store="unused", **changes):
     return make_plan(parse_config(tiny_config(str(store), **changes)), Store(store))
 
 
+@pytest.mark.parametrize(
+    ("resources", "changes", "words"),
+    [
+        ({"train": {"gpus": 3, "shard": "features"}}, {}, "train-S: .* features cannot be shared out evenly to 3 ranks"),
+        ({"finetune": {"gpus": 3}}, {}, "finetune-D: The batch of .* tokens cannot be shared out evenly to 3 ranks"),
+        ({"train": {"gpus": 2}}, {"architecture": "batchtopk", "k": 4, "l1": 0.0}, "train-S: batchtopk chooses"),
+    ],
+)
+def test_a_training_that_its_ranks_cannot_share_is_refused_before_anything_runs(resources, changes, words):
+    dictionary = {**tiny_config("unused")["dictionary"], **changes}
+    with pytest.raises(UserError, match=words):
+        plan_of(resources=resources, dictionary=dictionary)
+    plan_of(resources={"train": {"gpus": 2, "shard": "features"}}, dictionary=dictionary)
+
+
 def test_every_step_comes_after_what_it_reads():
     plan = plan_of()
     seen = set()

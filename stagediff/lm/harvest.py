@@ -120,7 +120,7 @@ def _looked_at(spec: HarvestSpec, job: "Job", ids: np.ndarray, kept: np.ndarray,
         loaded = load_model(spec.model, job.store, precision=spec.precision, device=job.device, upto=spec.hook)
         block = torch.empty(len(ids) * len(kept), d, dtype=torch.bfloat16)
         norms = vectors(loaded, spec, ids, 0, kept, block, advance=task.advance)
-    digest = hashlib.sha256(block.view(torch.uint16).numpy()).hexdigest()
+    digest = hashlib.sha256(block.view(torch.uint16).numpy().tobytes()).hexdigest()
     job.writer.write_json(FIRST_SHARD, {"tokens": len(block), "sha256": digest, "inputs": job.store.bytes_of(spec.refs())})
     mean = float(norms.double().mean())
     return {"measured_tokens": len(block), "mean_norm": mean, "max_norm": float(norms.max()), "mean_norm_per_sqrt_d": mean / d**0.5}

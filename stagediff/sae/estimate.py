@@ -9,7 +9,7 @@ from stagediff.plan import Plan
 from stagediff.sae.spec import DictionaryConfig, FinetuneSpec, QualitySpec, StatisticsSpec, TrainSpec
 from stagediff.spec import Ref
 
-__all__ = ["features_of", "figures_memory", "quality", "statistics", "step_memory", "training", "training_memory"]
+__all__ = ["dictionary_of", "features_of", "figures_memory", "quality", "statistics", "step_memory", "training", "training_memory"]
 
 STATE = 32
 """Bytes of an encoder's and a decoder's number together, in fp32: weights 8, Adam's moments 16, gradients 8."""
@@ -26,7 +26,7 @@ PRE = {"batchtopk": 1, "relu": 2, "jumprelu": 5}
 def training(spec: TrainSpec | FinetuneSpec, plan: Plan) -> Estimate:
     _, d, _ = activation_shape(spec.data, plan)
     features = features_of(spec.ref, plan)
-    dictionary = _config(spec, plan)
+    dictionary = dictionary_of(spec, plan)
     memory = partial(training_memory, spec, dictionary, d) if dictionary else None
     stored = 24 if spec.keep_optimiser else 8  # fp32 encoder and decoder, and two moments of each
     flops = (10.0 * d * features + reading_flops(spec.data, plan)) * spec.budget.tokens
@@ -68,7 +68,7 @@ def step_memory(spec: TrainSpec | FinetuneSpec, dictionary: DictionaryConfig, d:
     return state * own * d + pre + tokens * d * (4 * 5 + 2 * wide) + gathered
 
 
-def _config(spec: TrainSpec | FinetuneSpec, plan: Plan) -> DictionaryConfig | None:
+def dictionary_of(spec: TrainSpec | FinetuneSpec, plan: Plan) -> DictionaryConfig | None:
     """What is trained; None where the start was made elsewhere."""
     found: Any = spec
     while hasattr(found, "start"):

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stagediff.errors import UserError
 from stagediff.ranks import RankLostError
 from stagediff.sae.gradients import Gradient
 
@@ -36,20 +35,6 @@ class Team:
 
     splits_features = False
     """Whether a rank holds some of the features only (`sae.sharded`)."""
-
-    def check(self, architecture: str, batch: int) -> None:
-        """Raises UserError where a batch cannot be shared out."""
-        if self.size == 1:
-            return
-        if architecture == "batchtopk":
-            raise UserError(
-                "batchtopk chooses its active features over the whole batch, which several ranks do not see. Train it on one GPU "
-                "(resources: gpus: 1), split its features over them (resources: shard: features), or take topk."
-            )
-        if batch % self.size:
-            raise UserError(
-                f"The batch of {batch:,} tokens cannot be shared out evenly to {self.size} ranks. Choose a multiple of {self.size}."
-            )
 
     def slice_of(self, x: Tensor) -> Tensor:
         """This rank's share of a batch [B, d]: [B / size, d]."""

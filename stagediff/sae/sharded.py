@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stagediff.errors import UserError
 from stagediff.ranks import shard_here
 from stagediff.sae.dictionary import SAE
 from stagediff.sae.gradients import Gradient
 from stagediff.sae.parallel import Team, or_lost
+from stagediff.sae.sharing import check
 from stagediff.sae.sparse.pairs import Pairs
 from stagediff.sae.spec import FinetuneSpec, TrainSpec
 
@@ -36,11 +36,9 @@ SPLIT = {"W_enc": 1, "W_dec": 0, "b_enc": 0, "log_threshold": 0, "threshold": 0,
 
 def team_of(spec: TrainSpec | FinetuneSpec, architecture: str, features: int) -> Team:
     """The ranks of this training, by what STAGEDIFF_SHARD says. Raises UserError where they cannot share it."""
-    team = Shards(features) if shard_here() == "features" and Team().size > 1 else Team()
-    team.check(architecture, spec.budget.batch)
-    if isinstance(team, Shards):
-        team.check_spec(spec)
-    return team
+    shard, ranks = shard_here(), Team().size
+    check(spec, architecture, features, ranks, shard)
+    return Shards(features) if shard == "features" and ranks > 1 else Team()
 
 
 class Shards(Team):
@@ -54,34 +52,6 @@ class Shards(Team):
         self.own_features = features // self.size
         self.first = self.rank * self.own_features
         self._saved: tuple[int, dict[str, Tensor]] | None = None
-
-    def check(self, architecture: str, batch: int) -> None:
-        """Raises UserError where features cannot be shared out."""
-        if self.features % self.size:
-            raise UserError(
-                f"{self.features:,} features cannot be shared out evenly to {self.size} ranks (resources: shard: features). Choose a multiple of "
-                f"{self.size} features, or another number of GPUs."
-            )
-        if architecture == "batchtopk" and batch * self.features > 1 << 32:
-            raise UserError(
-                f"batchtopk over {self.size} ranks compares {batch:,} x {self.features:,} activations, more than 2^32. Choose a smaller batch."
-            )
-
-    def check_spec(self, spec: TrainSpec | FinetuneSpec) -> None:
-        """Raises UserError for what needs the whole dictionary at once."""
-        if not isinstance(spec, FinetuneSpec):
-            return
-        asked = {
-            "revive: resample": spec.revive == "resample",
-            "optimiser: carried": spec.optimiser == "carried",
-            "paired": spec.paired is not None,
-        }
-        for name, is_asked in asked.items():
-            if is_asked:
-                raise UserError(
-                    f"This finetune asks for `{name}`, which needs the whole dictionary on one device, but its features are split over "
-                    f"{self.size} ranks (resources: shard: features). Leave it out, or share out batches (shard: batch)."
-                )
 
     # The trainer's side
 

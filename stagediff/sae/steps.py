@@ -10,6 +10,7 @@ register(
         "stagediff.sae.train:compute",
         Resources(gpus=1),
         estimate="stagediff.sae.estimate:training",
+        check_shared="stagediff.sae.sharing:check_planned",
         assist="stagediff.sae.train:assist",
     )
 )
@@ -20,6 +21,7 @@ register(
         "stagediff.sae.train:compute",
         Resources(gpus=1),
         estimate="stagediff.sae.estimate:training",
+        check_shared="stagediff.sae.sharing:check_planned",
         assist="stagediff.sae.train:assist",
     )
 )

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -24,7 +25,7 @@ from stagediff.ranks.launch import is_shared
 from stagediff.sae.dictionary import ARCHITECTURES, resolved
 from stagediff.sae.gradients import Context
 from stagediff.sae.initial import fresh
-from stagediff.sae.parallel import Team
+from stagediff.sae.sharing import check
 from stagediff.sae.spec import Budget, DictionaryConfig, FinetuneSpec, TrainSpec
 from stagediff.store import Store
 
@@ -287,13 +288,12 @@ def test_a_users_mistake_in_a_rank_is_a_users_mistake(planted, tmp_path):
         ranks.run(spec, store, device="cpu", ranks=2)
 
 
-def test_a_batch_that_cannot_be_shared_out_is_refused(monkeypatch):
-    team = Team()
-    team.check("batchtopk", 63)  # alone: anything goes
-    monkeypatch.setattr(team, "size", 2)
-    team.check("relu", 64)
+def test_a_batch_that_cannot_be_shared_out_is_refused():
+    odd, even = (SimpleNamespace(budget=Budget(tokens=64, batch=batch)) for batch in (63, 64))
+    check(odd, "batchtopk", 16, 1, "batch")  # alone: anything goes
+    check(even, "relu", 16, 2, "batch")
     with pytest.raises(UserError, match="63 tokens cannot be shared out evenly to 2 ranks"):
-        team.check("relu", 63)
+        check(odd, "relu", 16, 2, "batch")
 
 
 def test_without_a_word_a_step_runs_in_this_process(planted, tmp_path, monkeypatch):

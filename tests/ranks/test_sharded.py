@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from stagediff.errors import UserError
 from stagediff.progress import Progress, Task
 from stagediff.resources import StepResources, checked
 from stagediff.sae.sharded import Shards, team_of
+from stagediff.sae.sharing import check
 from stagediff.sae.sparse.kernels import KERNELS
 from stagediff.sae.sparse.reference import Reference
 from stagediff.sae.spec import Budget, FinetuneSpec
@@ -82,9 +84,10 @@ def test_ranks_choose_of_the_whole_batch_what_one_rank_chooses(monkeypatch):
 
 
 def test_what_cannot_be_split_is_refused(monkeypatch):
-    team = shards(4, 50)[0]
+    spec = SimpleNamespace(budget=Budget(tokens=64, batch=64))
+    check(spec, "topk", 52, 4, "features")
     with pytest.raises(UserError, match="50 features cannot be shared out evenly to 4 ranks"):
-        team.check("topk", 64)
+        check(spec, "topk", 50, 4, "features")
     monkeypatch.setenv(ranks.SHARD, "tokens")
     with pytest.raises(UserError, match="STAGEDIFF_SHARD is 'tokens'"):
         ranks.shard_here()
