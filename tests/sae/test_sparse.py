@@ -3,6 +3,8 @@
 That plain torch is right is the business of test_gradients.py (autograd in float64)."""
 
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -299,6 +301,28 @@ def test_what_does_not_work_falls_back_with_one_line_of_warning(monkeypatch, cap
     assert "\n" not in line
     assert "falls back to plain torch" in line
     assert "no such instruction" in line
+
+
+WITHOUT_NUMBA = """
+import logging, sys
+sys.modules["numba"] = None
+import torch
+from stagediff.sae.initial import fresh
+from stagediff.sae.spec import Budget, DictionaryConfig
+from stagediff.sae.trainer import Trainer
+logging.basicConfig(format="%(message)s")
+config = DictionaryConfig(architecture=sys.argv[1], features=64, **({"k": 4} if sys.argv[1] == "topk" else {}))
+trainer = Trainer(fresh(config, 1.0, torch.zeros(16), 0), Budget(tokens=32, batch=32), 1, True, torch.float32)
+print(float(trainer.train_on(torch.randn(32, 16)).loss) > 0)
+"""
+
+
+@pytest.mark.parametrize("architecture", ["topk", "relu", "jumprelu"])
+def test_every_kind_trains_where_numba_is_missing(architecture):
+    done = subprocess.run([sys.executable, "-c", WITHOUT_NUMBA, architecture], capture_output=True, text=True)
+    assert done.stdout.split() == ["True"], done.stderr
+    assert [line for line in done.stderr.splitlines() if "falls back" in line] == done.stderr.splitlines()
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_what_cannot_be_kept_on_disk_is_compiled_all_the_same(monkeypatch, caplog):
