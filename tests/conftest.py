@@ -1,7 +1,9 @@
 """Shared fixtures."""
 
 import logging
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,15 @@ from stagediff.store import Store
 
 def pytest_sessionfinish() -> None:
     logging.raiseExceptions = False  # Prefect's temporary server ends after pytest has closed what it would log to
+
+
+@pytest.fixture(autouse=True)
+def signals_as_they_were() -> Iterator[None]:
+    """What a command that a test calls in this process does with SIGTERM ends with the test: processes started by later ones would inherit it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
