@@ -1,8 +1,10 @@
 """Puts the sub-commands together, and prints errors meant for people without a traceback."""
 
 import logging
+import os
 import re
 import signal
+import stat
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -42,8 +44,7 @@ class Commands(TyperGroup):
             Console(stderr=True, soft_wrap=True).print(Text("Error: ", "bold red") + Text(paragraph, "default"))
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt:
-            with suppress(OSError):  # the terminal may be gone
-                print("Interrupted. What is finished is kept: the same command goes on from there.", file=sys.stderr)
+            print("Interrupted. What is finished is kept: the same command goes on from there.", file=sys.stderr)
             raise typer.Exit(130) from None
 
 
@@ -91,11 +92,20 @@ for _name, _command in _COMMANDS.items():
 
 def main() -> None:
     """Entry point. A terminal that closes and SIGTERM end a command as Ctrl-C does: what it has started ends with it."""
-    for name in ("SIGHUP", "SIGTERM"):
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores it
-            signal.signal(number, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
+        signal.signal(signal.SIGHUP, _hang_up)
     app(prog_name="stagediff")
+
+
+def _hang_up(number: int, frame: Any) -> None:
+    """Interrupts where the terminal is gone. Nothing may be written to it any more: that fails, and a step would be tried again, as after a disk's fault."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        with suppress(OSError):  # closed
+            if stat.S_ISCHR(os.fstat(stream).st_mode):
+                os.dup2(nowhere, stream)
+    raise KeyboardInterrupt
 
 
 @app.callback(invoke_without_command=True)

@@ -44,9 +44,8 @@ def ranks_here() -> int:
     return int(text)
 
 
-def is_shared(spec: Spec, ranks: int | None = None) -> bool:
-    """Whether `ranks` processes (None: as STAGEDIFF_RANKS says) compute this step together."""
-    ranks = ranks_here() if ranks is None else ranks
+def is_shared(spec: Spec, ranks: int) -> bool:
+    """Whether `ranks` processes, where there are so many, compute this step together."""
     return ranks > 1 and steps.get(spec.step).by_ranks and not spec.is_made_by_readers
 
 

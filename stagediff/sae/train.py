@@ -6,6 +6,7 @@ carried over from another checkpoint, with the other's optimiser state, or with 
 gives the same bytes as an undisturbed one: everything a step depends on is in the checkpoint or is a function of spec, store and step number.
 """
 
+import gc
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -91,6 +92,7 @@ def compute(spec: TrainSpec | FinetuneSpec, job: Job) -> dict[str, Any]:
     assert sae is not None, "the first rank gets it"
     kept = trainer.team.whole(trainer.optimiser_state()) if spec.keep_optimiser else {}
     del trainer  # its moments and copies, or a dictionary split over ranks would find no room at the first one
+    gc.collect()  # what was imported on the way may hold it in a cycle
     sae = sae.to(job.device)
     figures = _figures(sae, data, order, spec, job.device)
     cfg, weights = to_bytes(sae, {"hook_name": f"blocks.{data.hook.layer}.hook_{data.hook.site}", "context_size": data.context})

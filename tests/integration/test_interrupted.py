@@ -2,6 +2,8 @@
 
 import json
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
@@ -48,3 +50,28 @@ def test_what_ends_the_command_ends_everything_and_the_run_goes_on(tmp_path, how
     computed = json.loads(done.stdout)["computed"]
     assert "report" in computed
     assert "organism" not in computed
+
+
+def test_a_terminal_that_closes_ends_everything_though_bars_are_drawn_in_it(tmp_path):
+    """What is drawn in a dead terminal fails, which must not be taken for a fault of the moment: the run would be tried again and go on unseen."""
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(tiny_config(str(tmp_path / "store"))))
+    environment = {k: v for k, v in os.environ.items() if k != "PREFECT_API_URL"} | {
+        "PREFECT_HOME": str(tmp_path / "prefect"),
+        "TERM": "xterm",
+    }
+    number, terminal = pty.fork()
+    if not number:
+        os.execve(COMMAND, [str(COMMAND), "run", str(config), "--device", "cpu"], environment)
+    said, deadline = b"", time.monotonic() + 300
+    while b"documents/s" not in said:  # in the bar of the first step, which takes seconds
+        assert time.monotonic() < deadline
+        if select.select([terminal], [], [], 1)[0]:
+            said += os.read(terminal, 1 << 16)
+    command = psutil.Process(number)
+    family = command.children(recursive=True)
+    assert family, "Prefect's temporary server at least"
+    os.close(terminal)
+    _, alive = psutil.wait_procs([command, *family], timeout=30)
+    assert not alive
+    assert not (tmp_path / "store" / "tokens").exists(), "nothing was begun after it"
