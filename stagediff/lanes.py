@@ -5,7 +5,8 @@ share of the cores, that has torch and compiled kernels loaded and takes step af
 Progress, log lines and errors come back through a pipe. A lane that dies (out of memory, say) is replaced, and its step fails with RankLostError, a fault
 of the moment: run again, it goes on from what it had stored. Lanes end with the process that opened them, however that ends.
 
-How many threads a step computes with follows from the step and the number of lanes alone, and so do its last bits (`numerics`).
+How many threads a step computes with follows from the step, the number of lanes and the cores that this process may use (affinity,
+OMP_NUM_THREADS), not from what runs beside it, and so do its last bits (`numerics`).
 """
 
 import logging
@@ -146,6 +147,8 @@ class Lanes:
         """Ends all of them; what they compute is left as a killed run leaves it."""
         with self._lock:
             self._ended = True
+            for lane in self._all:  # before waiting for any: a second signal may cut that short, and a step would go on for hours
+                lane.stop()
             for lane in self._all:
                 lane.end()
 
@@ -239,6 +242,11 @@ class _Lane:
         if kind == "failed":
             _raise(called, *word)
 
+    def stop(self) -> None:
+        """Ends the step it computes, if any."""
+        if self.is_busy:
+            self._process.terminate()
+
     def end(self) -> None:
         self._pipe.close()
         if not self.is_busy:
@@ -295,6 +303,7 @@ def _serve(pipe: connection.Connection, index: int, level: int) -> None:
 
 
 def _work(order: dict[str, Any], index: int, tell: Any) -> None:
+    import scipy.linalg  # noqa: F401  (it brings a BLAS of its own, which is limited here or never)
     import torch
     from threadpoolctl import threadpool_limits
 
@@ -323,7 +332,11 @@ class _Teller(logging.Handler):
         self._tell = tell
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
+        try:
+            text = record.getMessage()
+        except Exception:  # as every handler: a library's slip in logging is no fault of the step
+            self.handleError(record)
+            return
         if record.exc_info:
             text += "\n" + "".join(traceback.format_exception(*record.exc_info))
         kept = ("name", "levelno", "levelname", "pathname", "lineno", "created", "process", "processName")

@@ -23,8 +23,9 @@ def pytest_sessionfinish() -> None:
 
 @pytest.fixture(autouse=True)
 def signals_as_they_were() -> Iterator[None]:
-    """What a command that a test calls in this process does with SIGTERM ends with the test: processes started by later ones would inherit it."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """What a command that a test calls in this process does with signals ends with the test: later ones, and processes forked by them, would have it."""
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

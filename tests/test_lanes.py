@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -17,7 +18,7 @@ from tiny import tiny_config
 
 from stagediff import lanes, steps
 from stagediff.config import make_plan, parse_config
-from stagediff.errors import UserError
+from stagediff.errors import StagediffError, UserError
 from stagediff.numerics import cores
 from stagediff.plan import Run
 from stagediff.progress import Progress
@@ -151,6 +152,49 @@ def test_a_record_comes_through_whatever_is_in_it():
     record.request = lambda: None
     lanes._Teller(lambda kind, word: told.append(pickle.dumps(word))).emit(record)
     assert pickle.loads(told[0])["msg"] == "slow: <class 'object'>"
+
+
+def test_a_record_that_cannot_be_written_out_is_no_fault_of_the_step(monkeypatch):
+    told, faults = [], []
+    teller = lanes._Teller(lambda *word: told.append(word))
+    monkeypatch.setattr(teller, "handleError", faults.append)
+    record = logging.makeLogRecord({"msg": "careful", "args": (FutureWarning,)})  # no place for it in the text
+    teller.emit(record)
+    assert (told, faults) == ([], [record])
+
+
+def test_the_step_of_a_lane_ends_though_ending_is_interrupted(torn, monkeypatch):
+    """A second signal comes while the other lane, which does nothing, is waited for."""
+    plan, store = torn
+    node, begun, let_go = plan["finetune-D"], threading.Event(), threading.Event()
+
+    def stand(task):
+        begun.set()
+        let_go.wait(60)
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    open_lanes = lanes.Lanes(2)
+    with open_lanes:
+        first, second = open_lanes._all
+        open_lanes._free.put(open_lanes._free.get())  # so that the step goes to the second one
+        listening = Progress(interactive=False, listener=stand)
+        pool = ThreadPoolExecutor(1)
+        going = pool.submit(open_lanes.run, node.spec, store, device="cpu", progress=listening)
+        assert begun.wait(120)
+        assert (first.is_busy, second.is_busy) == (False, True)
+        with monkeypatch.context() as patched:
+            patched.setattr(lanes._Lane, "end", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                open_lanes.end()
+        second._process.join(20)
+        assert second._process.exitcode == -signal.SIGTERM
+        assert first._process.is_alive()
+        let_go.set()
+        with pytest.raises(StagediffError, match="stopped"):
+            going.result(60)
+    pool.shutdown()
 
 
 class Broken(Progress):

@@ -35,6 +35,11 @@ def test_a_training_that_its_ranks_cannot_share_is_refused_before_anything_runs(
     plan_of(resources={"train": {"gpus": 2, "shard": "features"}}, dictionary=dictionary)
 
 
+def test_what_is_done_needs_no_ranks(finished_run):
+    _, store = finished_run
+    plan_of(store.root, resources={"train": {"gpus": 3, "shard": "features"}, "finetune": {"gpus": 3}})
+
+
 def test_every_step_comes_after_what_it_reads():
     plan = plan_of()
     seen = set()

@@ -92,10 +92,18 @@ for _name, _command in _COMMANDS.items():
 
 def main() -> None:
     """Entry point. A terminal that closes and SIGTERM end a command as Ctrl-C does: what it has started ends with it."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _terminate)
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
         signal.signal(signal.SIGHUP, _hang_up)
     app(prog_name="stagediff")
+
+
+def _terminate(number: int, frame: Any) -> None:
+    """Interrupts once: shells and schedulers send such a signal twice, and the second would come in the midst of ending."""
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _hang_up(number: int, frame: Any) -> None:
@@ -105,7 +113,7 @@ def _hang_up(number: int, frame: Any) -> None:
         with suppress(OSError):  # closed
             if stat.S_ISCHR(os.fstat(stream).st_mode):
                 os.dup2(nowhere, stream)
-    raise KeyboardInterrupt
+    _terminate(number, frame)
 
 
 @app.callback(invoke_without_command=True)

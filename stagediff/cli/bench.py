@@ -79,7 +79,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": fields.get("model name", platform.processor() or platform.machine()),
         "flags": [flag for flag in FLAGS if flag in fields.get("flags", "").split()],
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "load": round(os.getloadavg()[0], 2),

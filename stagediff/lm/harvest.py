@@ -42,6 +42,8 @@ AHEAD_ON_CUDA = 1
 def compute(spec: HarvestSpec, job: "Job") -> dict[str, Any] | None:
     """Writes array `data` (bf16 as uint16) [rows * kept positions, d]; None while other workers' shards are missing.
 
+    Where it is not to be stored, FIRST_SHARD instead: what was made of the first shard, looked at and forgotten.
+
     Figures: tokens, d, mean_norm, max_norm and mean_norm_per_sqrt_d of the stored vectors (where none are to be stored, of measured_tokens).
     Raises UserError: not enough rows, token ids the model does not know, NaN or infinity in the activations.
     """
@@ -114,12 +116,12 @@ def _looked_at(spec: HarvestSpec, job: "Job", ids: np.ndarray, kept: np.ndarray,
     FIRST_SHARD names what it was made from too, so that whoever read other bytes than it would give now is known (`Store.bytes_of`).
     """
     job.writer.leaves_bulk_out = True
-    for left in ("data", "norms"):  # of a harvest that was to be stored, and was stopped
-        job.writer.drop(left)
     with job.progress.task("harvest", len(ids) * len(kept), "tokens") as task:
         loaded = load_model(spec.model, job.store, precision=spec.precision, device=job.device, upto=spec.hook)
         block = torch.empty(len(ids) * len(kept), d, dtype=torch.bfloat16)
         norms = vectors(loaded, spec, ids, 0, kept, block, advance=task.advance)
+    for left in ("data", "norms"):  # of a harvest that was to be stored, and was stopped
+        job.writer.drop(left)
     digest = hashlib.sha256(block.view(torch.uint16).numpy().tobytes()).hexdigest()
     job.writer.write_json(FIRST_SHARD, {"tokens": len(block), "sha256": digest, "inputs": job.store.bytes_of(spec.refs())})
     mean = float(norms.double().mean())

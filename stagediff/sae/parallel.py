@@ -83,8 +83,8 @@ class Team:
         trainer.restore(step, tensors)
 
     def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """State of the whole dictionary from each rank's."""
-        return tensors
+        """State of the whole dictionary from each rank's, on the CPU."""
+        return {name: value.cpu() for name, value in tensors.items()}
 
     def dictionary(self, trainer: "Trainer") -> "SAE | None":
         """The dictionary as it is now; None at ranks that do not get it."""
@@ -95,16 +95,18 @@ class Team:
         if self.size == 1:
             return
         device = trainer.parameters["b_dec"].device
-        state = {name: value.to(device).contiguous() for name, value in trainer.state().items()} if self.rank == 0 else {}
+        state = trainer.state() if self.rank == 0 else {}
         told: list[Any] = [trainer.step, {name: (tuple(value.shape), value.dtype) for name, value in state.items()}]
         or_lost(lambda: dist.broadcast_object_list(told, src=0))
         step, outline = told
-        for name, (shape, dtype) in outline.items():
-            value = state[name] if self.rank == 0 else torch.empty(shape, dtype=dtype, device=device)
+        received = {}
+        for name, (shape, dtype) in outline.items():  # one at a time on the device, which has no room for all of them twice
+            value = state[name].to(device).contiguous() if self.rank == 0 else torch.empty(shape, dtype=dtype, device=device)
             _receive(value)
-            state[name] = value
+            if self.rank:
+                received[name] = value.cpu()
         if self.rank:
-            trainer.restore(step, state)
+            trainer.restore(step, received)
 
 
 def _receive(value: Tensor) -> None:

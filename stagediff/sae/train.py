@@ -88,9 +88,9 @@ def compute(spec: TrainSpec | FinetuneSpec, job: Job) -> dict[str, Any]:
     trainer, record = _begin(spec, job, data)
     trainer.team.agree(trainer)
     _train(spec, job, trainer, data, order, record)
+    kept = trainer.team.whole(trainer.optimiser_state()) if spec.keep_optimiser else {}
     sae = trainer.team.dictionary(trainer)
     assert sae is not None, "the first rank gets it"
-    kept = trainer.team.whole(trainer.optimiser_state()) if spec.keep_optimiser else {}
     del trainer  # its moments and copies, or a dictionary split over ranks would find no room at the first one
     gc.collect()  # what was imported on the way may hold it in a cycle
     sae = sae.to(job.device)
@@ -125,10 +125,11 @@ def assist(spec: TrainSpec | FinetuneSpec, store: Store, device: str) -> None:
         if trainer.team.splits_features and _is_checkpoint(spec, trainer):
             _require_finite(float(outcome.loss), trainer)
             trainer.team.whole(trainer.state())
+        del outcome  # as in _train
     if trainer.team.splits_features:
-        trainer.team.dictionary(trainer)
         if spec.keep_optimiser:
             trainer.team.whole(trainer.optimiser_state())
+        trainer.team.dictionary(trainer)
 
 
 def _steps(spec: TrainSpec | FinetuneSpec) -> int:
@@ -265,6 +266,7 @@ def _train(spec: TrainSpec | FinetuneSpec, job: Job, trainer: Trainer, data: Act
             if _is_checkpoint(spec, trainer):
                 _require_finite(float(outcome.loss), trainer)
                 job.writer.training.save(step, {**trainer.team.whole(trainer.state()), **record.tensors()}, record.figures)
+            del outcome  # its gradients, or they would lie beside the next step's
     seconds = time.perf_counter() - begin
     done = (steps - first) * budget.batch
     if trainer.kernels:

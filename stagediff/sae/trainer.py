@@ -148,7 +148,7 @@ class Trainer:
 
     def optimiser_state(self) -> dict[str, Tensor]:
         """Adam's moments and step counts, for another training to `carry` on."""
-        return {name: value.contiguous() for name, value in self._engine.state().items()}
+        return dict(self._engine.state())
 
     def carry(self, optimiser: dict[str, Tensor]) -> None:
         """Begins with another training's optimiser state."""

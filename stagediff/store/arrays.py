@@ -32,17 +32,17 @@ class ArrayWriter:
         self.name, self.layout = name, layout
         self._writer, self._objects, self._claims = writer, writer.objects, claims
         self._folder = f"{writer.ref}/{name}"
-        body = layout.to_json()
-        if (
-            not self._objects.create(f"{self._folder}/{METADATA}", body)
-            and (old := self._objects.get(f"{self._folder}/{METADATA}")) != body
-        ):
+        if not self.describe() and (old := self._objects.get(f"{self._folder}/{METADATA}")) != layout.to_json():
             raise StagediffError(
                 f"Array {name!r} of the unfinished artifact {writer.ref} was begun with another shape or layout "
                 f"({Layout.from_json(old).shape} instead of {layout.shape}). "
                 "Remove what is there (`stagediff gc`) and run again."
             )
         self._check_space()
+
+    def describe(self) -> bool:
+        """Stores the array's description where there is none; whether there was none."""
+        return self._objects.create(f"{self._folder}/{METADATA}", self.layout.to_json())
 
     def _check_space(self) -> None:
         free = self._objects.free_bytes()

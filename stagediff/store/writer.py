@@ -295,6 +295,7 @@ class Writer:
                 if missing := array.missing():
                     what = f"{len(missing)} of {array.n_shards} shards of {array.name!r} are missing (first: {missing[0]})"
                     raise StagediffError(f"{self.ref} cannot be committed: {what}.")
+                array.describe()  # another writer may have dropped it before the first shard was there
             records = self._collect()
             replaces = replaces or self._replaced()
             writers = self._writers()

@@ -22,7 +22,8 @@ COMMAND = Path(sys.executable).parent / "stagediff"
 @pytest.mark.parametrize("how", ["SIGINT", "SIGHUP", "SIGTERM"])
 def test_what_ends_the_command_ends_everything_and_the_run_goes_on(tmp_path, how):
     config = tmp_path / "tiny.yaml"
-    config.write_text(yaml.safe_dump(tiny_config(str(tmp_path / "store"))))
+    tokens = 64_000 if how == "SIGINT" else 500_000_000  # hours, so that nothing ends by itself
+    config.write_text(yaml.safe_dump(tiny_config(str(tmp_path / "store"), train={"tokens": tokens, "batch": 1024, "lr": 1e-3})))
     words = [str(COMMAND), "run", str(config), "--jobs", "2", "--device", "cpu"]
     environment = {k: v for k, v in os.environ.items() if k != "PREFECT_API_URL"} | {"PREFECT_HOME": str(tmp_path / "prefect")}
     with (tmp_path / "said").open("w") as said:
@@ -39,13 +40,16 @@ def test_what_ends_the_command_ends_everything_and_the_run_goes_on(tmp_path, how
         process.terminate()
     else:
         os.killpg(process.pid, getattr(signal, how))
+        if how == "SIGHUP":  # the shell's to its jobs, and the kernel's when the shell is gone
+            time.sleep(0.02)
+            os.killpg(process.pid, signal.SIGHUP)
     assert process.wait(60) == 130
     assert time.monotonic() - start < 30
     assert "the same command goes on from there" in (tmp_path / "said").read_text()
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive
     if how != "SIGINT":
-        return
+        return  # the rest would take hours
     done = subprocess.run([*words, "--json"], env=environment, capture_output=True, text=True, check=True)
     computed = json.loads(done.stdout)["computed"]
     assert "report" in computed

@@ -71,7 +71,7 @@ def put(store, data, sae: SAE, optimiser: dict | None = None) -> Ref:
         w.write_bytes(CFG, cfg)
         w.write_bytes(WEIGHTS, weights)
         if optimiser is not None:
-            w.write_bytes(OPTIMISER, save(optimiser))
+            w.write_bytes(OPTIMISER, save({name: value.contiguous() for name, value in optimiser.items()}))
         w.commit(figures={})
     return spec.ref
 

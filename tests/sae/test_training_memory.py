@@ -2,18 +2,20 @@
 
 import gc
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 from peak import peak_mib
 
+from stagediff import steps
 from stagediff.sae.estimate import AT_ONCE, CHUNK, figures_memory, step_memory, training_memory
 from stagediff.sae.initial import fresh
 from stagediff.sae.parallel import Team
 from stagediff.sae.sharded import Shards
 from stagediff.sae.sparse.engine import CHUNK_BYTES
-from stagediff.sae.spec import Budget, DictionaryConfig
+from stagediff.sae.spec import Budget, DictionaryConfig, TrainSpec
 from stagediff.sae.train import EVALUATED_VALUES, FEWEST_TOKENS
 from stagediff.sae.trainer import Trainer
 
@@ -46,6 +48,25 @@ def test_what_a_training_holds_between_steps_is_what_is_predicted(architecture, 
     predicted = step_memory(spec, config, d, ranks, "features") - batch_part
     assert held + copies == pytest.approx(predicted, rel=0.03)
     assert outcome.gradients
+
+
+@pytest.mark.parametrize("architecture", ["topk", "relu"])
+def test_a_steps_gradients_are_gone_before_the_next_ones_come(architecture, store, stored, planted, quiet, monkeypatch):
+    """Kernels of their own memory use it again; on a GPU they take new memory for every step."""
+    monkeypatch.setenv("STAGEDIFF_KERNELS", "reference")
+    held, seen, real = [], [], Trainer.train_on
+
+    def looks(self, x):
+        seen.append(any(gradient() is not None for gradient in held))
+        outcome = real(self, x)
+        held[:] = [weakref.ref(gradient) for gradient in outcome.gradients.values()]
+        return outcome
+
+    monkeypatch.setattr(Trainer, "train_on", looks)
+    data = stored(store, planted(1024, 24, 32)[0])
+    dictionary = DictionaryConfig(architecture=architecture, features=40, k=4)
+    steps.run(TrainSpec(data=data, budget=Budget(tokens=64 * 8, batch=64), dictionary=dictionary), store, device="cpu", progress=quiet)
+    assert seen == [False] * 8
 
 
 def test_a_wide_dictionary_fits_eight_gpus_and_not_one():

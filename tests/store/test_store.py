@@ -173,6 +173,19 @@ def test_eviction_drops_arrays_and_keeps_everything_else(root, log):
     assert store.evict(spec.ref) == 0
 
 
+def test_an_array_that_another_writer_dropped_is_described_again(root, log):
+    """One that stores nothing takes away what is left of an array, just as one that stores it has begun."""
+    store, spec = Store(root), ToySpec()
+    with store.write(spec) as writer:
+        array = writer.array("data", shape=(spec.rows, spec.width), dtype="uint16", chunk_rows=8, shard_rows=24)
+        with store.write(spec) as other:
+            other.drop("data")
+        for shard in array.pending():
+            array.write_shard(shard, shard_rows(spec, shard, array.rows_of(shard)))
+        writer.commit(figures={})
+    assert np.array_equal(store.artifact(spec.ref).array().read_shard(0), shard_rows(spec, 0, 24))
+
+
 def test_an_interrupted_eviction_is_finished_by_garbage_collection(root, log):
     store, spec = Store(root), ToySpec()
     fill(spec, store, log)
