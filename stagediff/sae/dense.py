@@ -24,16 +24,17 @@ class Engine:
         compute: torch.dtype,
         gradient: Callable[[dict[str, Tensor], Tensor, Context], Gradient],
         team: Team,
+        focus: Callable[[Tensor], Tensor] | None = None,
     ):
         self.parameters = parameters
         self._config, self._budget, self._compute, self._gradient = config, budget, compute, gradient
-        self._team = team
+        self._team, self._focus = team, focus
         self._optimiser = Optimiser(parameters, budget)
 
     def gradient(self, x: Tensor, sparsity: float, dead: Tensor | None) -> Gradient:
         """Loss and gradients on a scaled batch x [B, d] in master type."""
         assert dead is None, "AuxK is topk's and batchtopk's"
-        return self._gradient(self.parameters, x, Context(self._config, sparsity, self._compute, None, self._team.total))
+        return self._gradient(self.parameters, x, Context(self._config, sparsity, self._compute, None, self._team.total, focus=self._focus))
 
     def update(self, outcome: Gradient, lr: float, anchor: float, home: dict[str, Tensor]) -> None:
         """Takes a step: clip (the outcome's gradients are changed), Adam, the pull of `anchor` to `home` (0: none), unit rows."""

@@ -53,6 +53,12 @@ class Context(NamedTuple):
     """The sum over the ranks among which features are split (`sae.sharded`)."""
     copies: Mapping[str, Tensor] = MappingProxyType({})
     """W_enc, W_dec in compute type, where they are at hand."""
+    focus: Callable[[Tensor], Tensor] | None = None
+    """Weights [B] of the batch's tokens from their squared errors [B] (`sae.focus`); None: all are 1."""
+
+    def weight(self, error: Tensor) -> Tensor | None:
+        """Of each token, as a column [B, 1], from the error [B, d]."""
+        return self.focus(error.square().sum(1))[:, None] if self.focus else None
 
 
 class Gradient(NamedTuple):
@@ -113,9 +119,10 @@ def reconstruct(
     return error, error.square().sum() / len(x)
 
 
-def column_sums(values: Tensor, master: torch.dtype) -> Tensor:
-    """Sums over the batch [F] of values [B, F]. As a product: `sum(dtype=fp32)` would first copy all of them to fp32."""
-    return torch.mm(values.new_ones(1, len(values)), values)[0].to(master)
+def column_sums(values: Tensor, master: torch.dtype, weight: Tensor | None = None) -> Tensor:
+    """Sums over the batch [F] of values [B, F], by weights [B, 1]. As a product: `sum(dtype=fp32)` would first copy all of them to fp32."""
+    row = values.new_ones(1, len(values)) if weight is None else weight.t().to(values.dtype)
+    return torch.mm(row, values)[0].to(master)
 
 
 def keep_active(gradient: Tensor, f: Tensor) -> Tensor:
@@ -124,7 +131,7 @@ def keep_active(gradient: Tensor, f: Tensor) -> Tensor:
 
 
 def to_encoder(p: dict[str, Tensor], context: Context, forward: Forward, error: Tensor, g_pre: Tensor) -> dict[str, Tensor]:
-    """Gradients of W_enc, b_enc, b_dec from those of the pre-activations g_pre [B, F] and the error [B, d]."""
+    """Gradients of W_enc, b_enc, b_dec from those of the pre-activations g_pre [B, F] and the (weighted) error [B, d]."""
     master = error.dtype
     b_enc = column_sums(g_pre, master)
     b_dec = error.sum(0) * (2 / len(error))

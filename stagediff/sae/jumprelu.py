@@ -32,19 +32,21 @@ def gradient(p: dict[str, Tensor], x: Tensor, context: Context) -> Gradient:
     over = forward.pre - threshold.to(context.compute)  # [B, F]
     f = torch.ops.aten.threshold_backward(forward.pre, over, 0)  # pre where over > 0, else 0
     error, squared = reconstruct(p, x, forward, f, context.total)
-    scaled = (error * (2 / n)).to(context.compute)
+    counts = context.weight(error)  # [B, 1]
+    weighted = error if counts is None else error * counts
+    scaled = (weighted * (2 / n)).to(context.compute)
     W_dec = torch.mm(f.t(), scaled).to(x.dtype)
     if context.config.decoder_norm == "unit":
         parallel_removed(W_dec, p["W_dec"])
 
     g_f = torch.mm(scaled, forward.W_dec.t())  # [B, F]
     near = (over.abs() < width / 2).to(context.compute)
-    count = column_sums(near, x.dtype)
+    count = column_sums(near, x.dtype, counts)
     g_threshold = -(threshold * column_sums(near * g_f, x.dtype) + (weight / n) * count) / width
 
     active = (over > 0).to(context.compute)
     fired = column_sums(active, x.dtype)
     sparsity = context.total(fired.sum() / n)
-    gradients = to_encoder(p, context, forward, error, g_f.mul_(active))
+    gradients = to_encoder(p, context, forward, weighted, g_f.mul_(active))
     gradients |= {"W_dec": W_dec, "log_threshold": g_threshold * threshold}
     return Gradient(squared + weight * sparsity, squared, sparsity, f, fired > 0, gradients)

@@ -58,6 +58,14 @@ class Team:
             value /= self.size
         return value
 
+    def everyones(self, own: Tensor) -> Tensor:
+        """A value [n] for each token of the whole batch from those of each rank's slice, on every rank."""
+        if self.size == 1:
+            return own
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        or_lost(lambda: dist.all_gather(found, own.contiguous()))
+        return torch.cat(found)
+
     def own(self, sae: "SAE") -> "SAE":
         """What this rank holds of a dictionary."""
         return sae

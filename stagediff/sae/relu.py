@@ -28,17 +28,22 @@ def gradient(p: dict[str, Tensor], x: Tensor, context: Context) -> Gradient:
     forward = encode(p, x, context)
     f = forward.pre.relu_()
     error, squared = reconstruct(p, x, forward, f, context.total)
-    scaled = (error * (2 / n)).to(context.compute)
+    counts = context.weight(error)  # [B, 1]
+    weighted = error if counts is None else error * counts
+    scaled = (weighted * (2 / n)).to(context.compute)
 
     norms = p["W_dec"].norm(dim=1).clamp_min(1e-12)  # [F]
     mass = column_sums(f, x.dtype) / n  # [F] mean activation
     sparsity = context.total(mass @ norms)
 
     W_dec = torch.mm(f.t(), scaled).to(x.dtype)
-    W_dec.addcmul_((weight * mass / norms)[:, None], p["W_dec"])
+    pressed = mass if counts is None else column_sums(f, x.dtype, counts) / n
+    W_dec.addcmul_((weight * pressed / norms)[:, None], p["W_dec"])
     if context.config.decoder_norm == "unit":
         parallel_removed(W_dec, p["W_dec"])
-    # d/df of the penalty is the same row for every token: it rides in the product as its bias
-    g_f = torch.addmm((norms * (weight / n)).to(context.compute), scaled, forward.W_dec.t())
-    gradients = to_encoder(p, context, forward, error, keep_active(g_f, f))
+    row = (norms * (weight / n)).to(
+        context.compute
+    )  # d/df of the penalty is the same row for every token: it rides in the product as its bias
+    g_f = torch.addmm(row if counts is None else counts.to(row.dtype) * row, scaled, forward.W_dec.t())
+    gradients = to_encoder(p, context, forward, weighted, keep_active(g_f, f))
     return Gradient(squared + weight * sparsity, squared, sparsity, f, mass > 0, gradients | {"W_dec": W_dec})

@@ -65,6 +65,10 @@ class Shards(Team):
         """All of the batch."""
         return x
 
+    def everyones(self, own: Tensor) -> Tensor:
+        """Each rank sees all tokens."""
+        return own
+
     def reduce(self, own: Gradient) -> Gradient:
         """Gradients are this rank's features'; their squares are summed over all, each parameter once."""
         if own.squares is not None:

@@ -1,11 +1,11 @@
 """Specs of the dictionary steps: train, finetune, import, statistics, quality."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from stagediff.lm.spec import ActivationData, ModelSource
-from stagediff.spec import Ref, Spec, Value, Where
+from stagediff.spec import Later, Ref, Spec, Value, Where
 
 __all__ = ["Budget", "DictionaryConfig", "FinetuneSpec", "ImportSpec", "QualitySpec", "StatisticsSpec", "TrainSpec", "ascending_shares"]
 
@@ -65,6 +65,9 @@ class Budget(Value):
     betas: tuple[float, float] = (0.9, 0.999)
     clip: float = Field(1.0, ge=0)
     """Largest gradient norm; 0: no clipping."""
+    focus: Annotated[float, Later()] = Field(0.0, ge=0, le=4)
+    """How much more tokens count that are explained badly: each token's part of the loss is weighted by its squared error to this power
+    (`stagediff.sae.focus`). 0: all alike, as both papers have it."""
 
 
 def ascending_shares(at: tuple[float, ...]) -> tuple[float, ...]:

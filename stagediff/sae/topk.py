@@ -25,4 +25,4 @@ def gradient(p: dict[str, Tensor], x: Tensor, context: Context) -> Gradient:
     from stagediff.sae.sparse.reference import Reference
     from stagediff.sae.sparse.weights import Weights
 
-    return gradient(Weights(p, context.compute), context.config, Reference(), x, context.dead)
+    return gradient(Weights(p, context.compute), context.config, Reference(), x, context.dead, focus=context.focus)

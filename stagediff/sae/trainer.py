@@ -6,6 +6,7 @@ the device: figures stay tensors until someone reads them. The state round-trips
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from stagediff.sae import dense
 from stagediff.sae.batchtopk import followed
 from stagediff.sae.dictionary import ARCHITECTURES, SAE
+from stagediff.sae.focus import weights
 from stagediff.sae.gradients import Context, Gradient
 from stagediff.sae.optimiser import rate
 from stagediff.sae.parallel import Team
@@ -63,15 +65,16 @@ class Trainer:
             parameters["log_threshold"] = s.threshold.clamp_min(SMALLEST_THRESHOLD).log()
         self._engine: dense.Engine | sparse.Engine
         shards = self.team if isinstance(self.team, Shards) else None
+        focus = partial(weights, power=budget.focus, team=self.team) if budget.focus else None
         takes_pairs = sae.k is None and gradient is None and not self.team.splits_features
         found = (cast(ThresholdKernels | None, kernels) or choose_for_thresholds(device, compute)) if takes_pairs else None
         if found is not None:
-            self._engine = thresholded.Engine(parameters, s.config, budget, compute, found)
+            self._engine = thresholded.Engine(parameters, s.config, budget, compute, found, focus=focus)
         elif sae.k is None:
             own = gradient or ARCHITECTURES[sae.architecture].gradient
-            self._engine = dense.Engine(parameters, s.config, budget, compute, own, self.team)
+            self._engine = dense.Engine(parameters, s.config, budget, compute, own, self.team, focus)
         else:
-            self._engine = sparse.Engine(parameters, s.config, budget, compute, kernels or choose(device, compute), shards)
+            self._engine = sparse.Engine(parameters, s.config, budget, compute, kernels or choose(device, compute), shards, focus)
         self.parameters = self._engine.parameters
         # Not a second copy of what the engine may hold in another order.
         held: dict[str, Any] = {name: self.parameters[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}

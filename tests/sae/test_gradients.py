@@ -37,13 +37,16 @@ def pre_activations(p, x, config):
     return (x - p["b_dec"] if config.subtract_b_dec else x) @ p["W_enc"] + p["b_enc"]
 
 
-def squared_error(p, x, f):
-    return ((f @ p["W_dec"] + p["b_dec"] - x) ** 2).sum(1).mean()
+def squared_errors(p, x, f):
+    return ((f @ p["W_dec"] + p["b_dec"] - x) ** 2).sum(1)
+
+
+# Each gives every token's loss [B], and what belongs to the batch.
 
 
 def relu_loss(p, x, config, weight, dead):
     f = pre_activations(p, x, config).clamp_min(0)
-    return squared_error(p, x, f) + weight * (f * p["W_dec"].norm(dim=1)).sum(1).mean()
+    return squared_errors(p, x, f) + weight * (f * p["W_dec"].norm(dim=1)).sum(1), 0.0
 
 
 def row_by_row(pre, k):
@@ -66,14 +69,14 @@ def aux_loss(p, x, f, pre, config, dead):
 def topk_loss(p, x, config, weight, dead):
     pre = pre_activations(p, x, config)
     f = row_by_row(pre, config.k)
-    return squared_error(p, x, f) + aux_loss(p, x, f, pre, config, dead)
+    return squared_errors(p, x, f), aux_loss(p, x, f, pre, config, dead)
 
 
 def batchtopk_loss(p, x, config, weight, dead):
     pre = pre_activations(p, x, config)
     flat = sorted(pre.flatten().tolist(), reverse=True)
     f = pre.clamp_min(0) * (pre >= flat[config.k * len(x) - 1])
-    return squared_error(p, x, f) + aux_loss(p, x, f, pre, config, dead)
+    return squared_errors(p, x, f), aux_loss(p, x, f, pre, config, dead)
 
 
 class Jump(torch.autograd.Function):
@@ -109,7 +112,7 @@ class Heaviside(torch.autograd.Function):
 def jumprelu_loss(p, x, config, weight, dead):
     pre, theta = pre_activations(p, x, config), p["log_threshold"].exp()
     f = Jump.apply(pre, theta, config.bandwidth)
-    return squared_error(p, x, f) + weight * Heaviside.apply(pre, theta, config.bandwidth).sum(1).mean()
+    return squared_errors(p, x, f) + weight * Heaviside.apply(pre, theta, config.bandwidth).sum(1), 0.0
 
 
 LOSSES = {"relu": relu_loss, "topk": topk_loss, "batchtopk": batchtopk_loss, "jumprelu": jumprelu_loss}
@@ -122,8 +125,10 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("focus", [False, True])
 @pytest.mark.parametrize(("name", "norm", "subtract", "dead"), CASES)
-def test_gradients_equal_autograd_in_float64(name, norm, subtract, dead):
+def test_gradients_equal_autograd_in_float64(name, norm, subtract, dead, focus):
+    """With a focus the tokens' losses are weighted by a function of their errors, through which no gradient goes; reported is the plain mean."""
     auxk = 3 if "topk" in name else None
     config = DictionaryConfig(
         architecture=name, features=F, k=K, auxk=auxk, auxk_weight=0.4, bandwidth=0.7, decoder_norm=norm, subtract_b_dec=subtract
@@ -131,12 +136,16 @@ def test_gradients_equal_autograd_in_float64(name, norm, subtract, dead):
     config = resolved(config, D)
     p, x, weight = parameters(config), batch(), 0.37
     dead = None if dead is None else torch.tensor(dead)
-    outcome = ARCHITECTURES[name].gradient(p, x, Context(config, weight, torch.float64, dead))
+    plain = ARCHITECTURES[name].gradient(p, x, Context(config, weight, torch.float64, dead))
+    counts = torch.ones(B, dtype=torch.float64)
+    if focus:
+        counts = squared_errors(p, x, activations(plain)).pow(1.5)
+    outcome = ARCHITECTURES[name].gradient(p, x, Context(config, weight, torch.float64, dead, focus=(lambda s: s**1.5) if focus else None))
 
     q = {key: value.clone().requires_grad_() for key, value in p.items()}
-    loss = LOSSES[name](q, x, config, weight, dead)
-    loss.backward()
-    assert torch.allclose(outcome.loss, loss.detach(), rtol=1e-12)
+    tokens, of_batch = LOSSES[name](q, x, config, weight, dead)
+    ((counts * tokens).mean() + of_batch).backward()
+    assert torch.allclose(outcome.loss, (tokens.mean() + of_batch).detach(), rtol=1e-12)
     assert set(outcome.gradients) == set(q)
     for key, value in q.items():
         expected = value.grad
@@ -172,7 +181,7 @@ def test_reported_figures_are_those_of_the_batch(name):
     outcome = ARCHITECTURES[name].gradient(p, x, Context(config, 0.25, torch.float64))
     f = activations(outcome)
     assert torch.allclose(outcome.l0, (f > 0).double().sum(1).mean().to(outcome.l0))
-    assert torch.allclose(outcome.error, squared_error(p, x, f))
+    assert torch.allclose(outcome.error, squared_errors(p, x, f).mean())
     assert torch.equal(outcome.fired, (f > 0).any(0))
     expected = {"relu": (f * p["W_dec"].norm(dim=1)).sum(1).mean(), "jumprelu": (f > 0).double().sum(1).mean()}
     assert torch.allclose(outcome.sparsity, expected.get(name, torch.zeros((), dtype=torch.float64)))

@@ -99,9 +99,9 @@ def parameters(d: int, F: int) -> dict[str, Tensor]:
     }
 
 
-def engine(architecture: str, kernels: Kernels, compute: torch.dtype, d: int, F: int, k: int, **more) -> Engine:
+def engine(architecture: str, kernels: Kernels, compute: torch.dtype, d: int, F: int, k: int, focus=None, **more) -> Engine:
     config = resolved(DictionaryConfig(architecture=architecture, features=F, k=k, **more), d)
-    return Engine(parameters(d, F), config, Budget(tokens=1), compute, kernels)
+    return Engine(parameters(d, F), config, Budget(tokens=1), compute, kernels, focus=focus)
 
 
 def batch(d: int, n: int, seed: int = 1) -> Tensor:
@@ -116,15 +116,16 @@ def apart(here: Tensor, there: Tensor) -> float:
 
 
 @pytest.mark.parametrize("decoder_norm", ["unit", "free"])
-@pytest.mark.parametrize("auxk", [0, 6])
+@pytest.mark.parametrize(("auxk", "focus"), [(0, None), (6, None), (6, lambda squares: squares / squares.mean())])
 @pytest.mark.parametrize("compute", TYPES)
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
-def test_compiled_kernels_do_what_plain_torch_does(architecture, compute, auxk, decoder_norm):
+def test_compiled_kernels_do_what_plain_torch_does(architecture, compute, auxk, focus, decoder_norm):
     """Gradients, their norm and two updates with clip and anchor: to rounding (bf16: that of rows read in bf16)."""
     d, F, k, n = 36, 300, 7, 130
     dead = torch.tensor([0, 5, 7, 100, 299]) if auxk else None
     tolerance = 1e-5 if compute == torch.float32 else 1e-2
-    engines = [engine(architecture, kernels(), compute, d, F, k, auxk=auxk, auxk_weight=0.3, decoder_norm=decoder_norm) for kernels in SETS]
+    options = {"auxk": auxk, "auxk_weight": 0.3, "decoder_norm": decoder_norm}
+    engines = [engine(architecture, kernels(), compute, d, F, k, focus, **options) for kernels in SETS]
     homes = [{name: value.clone() for name, value in e.parameters.items()} for e in engines]
     with torch.no_grad():
         found = [e.gradient(batch(d, n), 0.0, dead) for e in engines]

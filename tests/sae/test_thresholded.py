@@ -66,11 +66,12 @@ def batch(n: int, d: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(n, d, generator=torch.Generator().manual_seed(1), dtype=dtype)
 
 
+@pytest.mark.parametrize("focus", [None, lambda squares: squares.square() / 100])
 @pytest.mark.parametrize("kernels", SETS)
 @pytest.mark.parametrize("subtract", [False, True])
 @pytest.mark.parametrize("norm", ["unit", "free"])
 @pytest.mark.parametrize("architecture", BOTH)
-def test_pairs_give_the_dense_steps_gradients(architecture, norm, subtract, kernels, monkeypatch):
+def test_pairs_give_the_dense_steps_gradients(architecture, norm, subtract, kernels, focus, monkeypatch):
     """In fp32 to rounding; plain torch in float64 to 1e-12."""
     monkeypatch.setattr(thresholded, "SPARSE_BELOW", 1.0)
     d, F, n, weight = 12, 70, 400, 0.7
@@ -82,8 +83,8 @@ def test_pairs_give_the_dense_steps_gradients(architecture, norm, subtract, kern
             start["W_dec"] /= start["W_dec"].norm(dim=1, keepdim=True)
         x = batch(n, d, dtype)
         with torch.no_grad():
-            expected = ARCHITECTURES[architecture].gradient(start, x, Context(config, weight, dtype))
-            engine = thresholded.Engine({k: v.clone() for k, v in start.items()}, config, Budget(tokens=1), dtype, kernels())
+            expected = ARCHITECTURES[architecture].gradient(start, x, Context(config, weight, dtype, focus=focus))
+            engine = thresholded.Engine({k: v.clone() for k, v in start.items()}, config, Budget(tokens=1), dtype, kernels(), focus=focus)
             found = engine.gradient(x, weight, None)
         assert isinstance(found.f, Pairs)
         assert set(found.gradients) == set(expected.gradients)

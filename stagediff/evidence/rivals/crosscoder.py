@@ -60,7 +60,9 @@ def gradient(p: dict[str, Tensor], x: Tensor, context: Context, shared: int, sha
     forward = encode(p, x, context)
     f = forward.pre.relu_()
     error, squared = reconstruct(p, x, forward, f)
-    scaled = (error * (2 / n)).to(context.compute)
+    counts = context.weight(error)  # [B, 1]
+    weighted = error if counts is None else error * counts
+    scaled = (weighted * (2 / n)).to(context.compute)
 
     halves = p["W_dec"].view(-1, 2, d)
     norms = halves.norm(dim=2).clamp_min(1e-12)  # [F, 2]
@@ -71,10 +73,12 @@ def gradient(p: dict[str, Tensor], x: Tensor, context: Context, shared: int, sha
     sparsity = mass @ cost
 
     W_dec = torch.mm(f.t(), scaled).to(x.dtype).view(-1, 2, d)
-    W_dec.addcmul_((context.sparsity * mass * weights)[:, None, None] / norms[:, :, None], halves)
+    pressed = mass if counts is None else column_sums(f, x.dtype, counts) / n
+    W_dec.addcmul_((context.sparsity * pressed * weights)[:, None, None] / norms[:, :, None], halves)
     W_dec[:shared] = W_dec[:shared].sum(1, keepdim=True)
-    g_f = torch.addmm((cost * (context.sparsity / n)).to(context.compute), scaled, forward.W_dec.t())
-    gradients = to_encoder(p, context, forward, error, keep_active(g_f, f))
+    row = (cost * (context.sparsity / n)).to(context.compute)
+    g_f = torch.addmm(row if counts is None else counts.to(row.dtype) * row, scaled, forward.W_dec.t())
+    gradients = to_encoder(p, context, forward, weighted, keep_active(g_f, f))
     return Gradient(squared + context.sparsity * sparsity, squared, sparsity, f, mass > 0, gradients | {"W_dec": W_dec.view(-1, 2 * d)})
 
 

@@ -5,6 +5,7 @@ why there are two passes over the weights and not one: gradients, their norm, th
 chunks, so that pre-activations are never held for all of it (topk) and stay in the cache (CPU).
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from stagediff.sae.auxk import auxk
 from stagediff.sae.gradients import Gradient, alone, clip_factor
 from stagediff.sae.optimiser import pulled_share
-from stagediff.sae.sparse.kernels import Kernels, Update
+from stagediff.sae.sparse.kernels import Decoded, Kernels, Update
 from stagediff.sae.sparse.pairs import Pairs
 from stagediff.sae.sparse.weights import Weights
 
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
     from stagediff.sae.sharded import Shards
     from stagediff.sae.spec import Budget, DictionaryConfig
 
-__all__ = ["Engine", "gradient"]
+__all__ = ["Engine", "Focus", "gradient", "weighted"]
+
+Focus = Callable[[Tensor], Tensor]
+"""From squared errors [B] to the tokens' weights [B] (`sae.focus`)."""
 
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 """Pre-activations that are held at once. On a CPU: about what its last cache holds; a chunk has at least FEWEST_TOKENS tokens."""
@@ -40,10 +44,11 @@ class Engine:
         compute: torch.dtype,
         kernels: Kernels,
         shards: "Shards | None" = None,
+        focus: Focus | None = None,
     ):
         self.weights = Weights(parameters, compute)
         self.kernels = kernels
-        self._config, self._budget, self._shards = config, budget, shards
+        self._config, self._budget, self._shards, self._focus = config, budget, shards, focus
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -52,7 +57,7 @@ class Engine:
 
     def gradient(self, x: Tensor, sparsity: float, dead: Tensor | None) -> Gradient:
         """Loss and gradients on a scaled batch x [B, d] in master type; `dead`: indices of dead features (AuxK), None: there are none."""
-        return gradient(self.weights, self._config, self.kernels, x, dead, self._shards)
+        return gradient(self.weights, self._config, self.kernels, x, dead, self._shards, self._focus)
 
     def update(self, outcome: Gradient, lr: float, anchor: float, home: dict[str, Tensor]) -> None:
         """Takes a step: clip, Adam, the pull of `anchor` to `home` (parameters' names and shapes; empty: none), unit rows."""
@@ -73,13 +78,21 @@ class Engine:
 
 
 def gradient(
-    weights: Weights, config: "DictionaryConfig", kernels: Kernels, x: Tensor, dead: Tensor | None, shards: "Shards | None" = None
+    weights: Weights,
+    config: "DictionaryConfig",
+    kernels: Kernels,
+    x: Tensor,
+    dead: Tensor | None,
+    shards: "Shards | None" = None,
+    focus: Focus | None = None,
 ) -> Gradient:
-    """The gradient of a step, see `Engine.gradient`. `shards`: the ranks among which features are split."""
+    """The gradient of a step, see `Engine.gradient`. `shards`: the ranks among which features are split. AuxK has no focus."""
     rows, n = weights.rows, len(x)
     inner = (x - rows["b_dec"] if config.subtract_b_dec else x).to(weights.compute)
     pairs, smallest = _active(weights, config, kernels, inner, shards)
     decoded = shards.decode(kernels, weights, pairs, x) if shards else kernels.decode(weights, pairs, x)
+    if focus:
+        decoded = weighted(decoded, pairs, focus(decoded.squares))
     squared = loss = decoded.squares.sum() / n
     extra = None
     if dead is not None and config.auxk:
@@ -120,6 +133,12 @@ def _active(
     start = torch.arange(0, n * k + 1, k, dtype=torch.int32, device=inner.device)
     token = torch.arange(n, dtype=torch.int32, device=inner.device)[:, None].expand(n, k).flatten()
     return Pairs(feature.flatten(), value.flatten(), token, start), None
+
+
+def weighted(decoded: Decoded, pairs: Pairs, weight: Tensor) -> Decoded:
+    """With the gradients of a loss in which tokens count by `weight` [B]; error and squares stay as they are."""
+    scaled = decoded.scaled.mul_(weight[:, None])
+    return decoded._replace(scaled=scaled, total=weight @ decoded.error, g=decoded.g * weight.index_select(0, pairs.token))
 
 
 def _by_rows(values: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from stagediff.sae.sparse.kernels import Decoded, ThresholdKernels
 from stagediff.sae.sparse.pairs import ByFeature, Pairs
 
 if TYPE_CHECKING:
-    from stagediff.sae.spec import Budget, DictionaryConfig
+    pass
 
 __all__ = ["Engine"]
 
@@ -40,11 +40,6 @@ class Engine(engine.Engine):
 
     kernels: ThresholdKernels
 
-    def __init__(
-        self, parameters: dict[str, Tensor], config: "DictionaryConfig", budget: "Budget", compute: torch.dtype, kernels: ThresholdKernels
-    ):
-        super().__init__(parameters, config, budget, compute, kernels)
-
     def gradient(self, x: Tensor, sparsity: float, dead: Tensor | None) -> Gradient:
         """Loss and gradients on a scaled batch x [B, d] in master type."""
         assert dead is None, "AuxK is topk's and batchtopk's"
@@ -64,12 +59,14 @@ class Engine(engine.Engine):
 
     def _relu(self, x: Tensor, inner: Tensor, weight: float, active: _Active) -> Gradient:
         n, W_dec = len(x), self.weights.rows["W_dec"]
-        decoded = self.kernels.decode(self.weights, active.pairs, x)
+        decoded, counts = self._decoded(active.pairs, x)
         norms = W_dec.norm(dim=1).clamp_min(1e-12)
         mass = self._sums(active, active.pairs.value) / n
-        outcome = self._backward(x, inner, active, decoded._replace(g=decoded.g + (norms * (weight / n))[active.feature]))
+        pressed = mass if counts is None else self._sums(active, active.pairs.value * counts) / n
+        g = (norms * (weight / n))[active.feature]
+        outcome = self._backward(x, inner, active, decoded._replace(g=decoded.g + (g if counts is None else g * counts)))
         if self._config.decoder_norm == "free":  # along the rows: unit ones lose that part
-            outcome.gradients["W_dec"].addcmul_((weight * mass / norms)[:, None], W_dec)
+            outcome.gradients["W_dec"].addcmul_((weight * pressed / norms)[:, None], W_dec)
         sparsity = mass @ norms
         return outcome._replace(loss=outcome.error + weight * sparsity, sparsity=sparsity)
 
@@ -78,14 +75,23 @@ class Engine(engine.Engine):
         over = near.pairs.value - threshold[near.feature]
         passes = over > 0
         active = near._replace(pairs=near.pairs._replace(value=near.pairs.value * passes))
-        decoded = self.kernels.decode(self.weights, active.pairs, x)
+        decoded, counts = self._decoded(active.pairs, x)
         outcome = self._backward(x, inner, active, decoded._replace(g=decoded.g * passes))
         is_near = (over.abs() < width / 2).to(x.dtype)
-        of_threshold = -(threshold * self._sums(active, is_near * decoded.g) + (weight / n) * self._sums(active, is_near)) / width
+        counted = is_near if counts is None else is_near * counts
+        of_threshold = -(threshold * self._sums(active, is_near * decoded.g) + (weight / n) * self._sums(active, counted)) / width
         fired = self._sums(active, passes.to(x.dtype))
         sparsity = fired.sum() / n
         gradients = outcome.gradients | {"log_threshold": of_threshold * threshold}
         return outcome._replace(loss=outcome.error + weight * sparsity, sparsity=sparsity, fired=fired > 0, gradients=gradients)
+
+    def _decoded(self, pairs: Pairs, x: Tensor) -> tuple[Decoded, Tensor | None]:
+        """Errors and gradients, with the focus in them; the weight [P] of each pair's token (None: all are 1)."""
+        decoded = self.kernels.decode(self.weights, pairs, x)
+        if not self._focus:
+            return decoded, None
+        counts = self._focus(decoded.squares)
+        return engine.weighted(decoded, pairs, counts), counts.index_select(0, pairs.token)
 
     def _backward(self, x: Tensor, inner: Tensor, active: _Active, decoded: Decoded) -> Gradient:
         """The error and the weights' gradients, without what a penalty adds to them by itself."""
@@ -101,7 +107,7 @@ class Engine(engine.Engine):
     def _dense(self, x: Tensor, sparsity: float) -> Gradient:
         copies = {"W_enc": self.weights.copy_of("W_enc").t(), "W_dec": self.weights.copy_of("W_dec")}
         algebra = jumprelu.gradient if self._config.architecture == "jumprelu" else relu.gradient
-        outcome = algebra(self.parameters, x, Context(self._config, sparsity, self.weights.compute, copies=copies))
+        outcome = algebra(self.parameters, x, Context(self._config, sparsity, self.weights.compute, copies=copies, focus=self._focus))
         outcome.gradients["W_enc"] = outcome.gradients["W_enc"].t().contiguous().t()  # by feature, as the update goes
         return outcome
 

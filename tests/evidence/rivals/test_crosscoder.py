@@ -27,27 +27,30 @@ def parameters(seed=0) -> dict[str, torch.Tensor]:
 
 
 def reference(p, x, weight, shared_weight) -> torch.Tensor:
-    """The loss written out, with the shared rows as one parameter."""
+    """Every token's loss [N] written out, with the shared rows as one parameter."""
     one = p["one"]
     W_dec = torch.cat([torch.cat([one, one], 1), p["W_dec"][SHARED:]])
     f = (x @ p["W_enc"] + p["b_enc"]).relu()
-    error = (f @ W_dec + p["b_dec"] - x).square().sum(1).mean()
+    error = (f @ W_dec + p["b_dec"] - x).square().sum(1)
     cost = W_dec[:, :D].norm(dim=1) + W_dec[:, D:].norm(dim=1)
     weights = torch.ones(F, dtype=torch.float64)
     weights[:SHARED] = shared_weight
-    return error + weight * (f * (weights * cost)).sum(1).mean()
+    return error + weight * (f * (weights * cost)).sum(1)
 
 
+@pytest.mark.parametrize("counts", [None, torch.linspace(0, 2, N, dtype=torch.float64)])
 @pytest.mark.parametrize("shared_weight", [0.2, 1.0])
-def test_loss_and_gradients_are_autograds(shared_weight):
+def test_loss_and_gradients_are_autograds(shared_weight, counts):
+    """`counts`: what each token counts, where there is a focus."""
     x = torch.randn(N, 2 * D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     p = parameters()
     config = resolved(DictionaryConfig(features=F), 2 * D)
-    ours = gradient(p, x, Context(config, 0.7, torch.float64), SHARED, shared_weight)
+    focus = None if counts is None else lambda squares: counts
+    ours = gradient(p, x, Context(config, 0.7, torch.float64, focus=focus), SHARED, shared_weight)
     leaves = {name: value.clone().requires_grad_() for name, value in p.items()} | {"one": p["W_dec"][:SHARED, :D].clone().requires_grad_()}
-    loss = reference(leaves, x, 0.7, shared_weight)
-    loss.backward()
-    torch.testing.assert_close(ours.loss, loss.detach(), rtol=1e-12, atol=0)
+    tokens = reference(leaves, x, 0.7, shared_weight)
+    (tokens if counts is None else counts * tokens).mean().backward()
+    torch.testing.assert_close(ours.loss, tokens.mean().detach(), rtol=1e-12, atol=0)
     for name in ("W_enc", "b_enc", "b_dec"):
         torch.testing.assert_close(ours.gradients[name], leaves[name].grad, rtol=1e-9, atol=1e-11)
     W_dec = ours.gradients["W_dec"]
