@@ -53,6 +53,7 @@ _LARGE = DiffRecipe(
     heldout_rows=16_384,
 )
 _LONG = DiffRecipe(finetune=Budget(tokens=9_830_400, batch=2048, lr=1e-3))
+_FOCUSED = DiffRecipe(finetune=Budget(tokens=4_915_200, batch=2048, lr=3e-3, focus=3.0), rows=192_000)
 
 DIFF_RUNGS: dict[str, tuple[dict[str, float], DiffRecipe]] = {
     "small": (_SMALL_WORLD, _SMALL),
@@ -63,12 +64,13 @@ DIFF_RUNGS: dict[str, tuple[dict[str, float], DiffRecipe]] = {
     "rotated": ({"common_rotation": 20.0}, DiffRecipe()),
     "crowded": ({"unchanged": 804, "model_only": 80, "l0": 12.0}, DiffRecipe()),
     "rare": ({"new_share": 0.01}, _LONG),
+    "focused": ({"new_share": 0.01}, _FOCUSED),
     "large": (_LARGE_WORLD, _LARGE),
     "identical": (_SAME_MODELS, _SMALL),
 }
 """Rung -> what its world changes of DiffWorld's defaults, and its recipe: few dimensions; the usual world; the same with a longer and slower finetune;
-directions nearer to each other; model-only features that turn wholly; a common rotation; twice the features; one new row in a hundred; d 768. The last
-is a control: both models are one, so that nothing may be called (q), whatever the scores say.
+directions nearer to each other; model-only features that turn wholly; a common rotation; twice the features; one new row in a hundred; the same with a focus (`sae.focus`) and three times
+the rows; d 768. The last is a control: both models are one, so that nothing may be called (q), whatever the scores say.
 """
 
 
