@@ -1,6 +1,6 @@
 """Config files: YAML -> a frozen config object -> a plan. Which kinds there are, and what extends them, the rooms register."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from stagediff.plan import Plan
     from stagediff.store import Store
 
-__all__ = ["ReportConfig", "RunConfig", "load_config", "make_plan", "parse_config", "read_yaml"]
+__all__ = ["ReportConfig", "RunConfig", "load_config", "make_plan", "overrides", "parse_config", "read_yaml"]
 
 
 class ReportConfig(Value):
@@ -89,6 +89,20 @@ def load_config(path: str | Path, *, overrides: Mapping[str, Any] | None = None,
     body = read_yaml(path)
     body.setdefault("name", Path(path).stem)
     return parse_config(body, overrides=overrides, store=store)
+
+
+def overrides(sets: Iterable[str]) -> dict[str, Any]:
+    """What `--set a.b=value` asks for, as `load_config` takes it."""
+    found: dict[str, Any] = {}
+    for item in sets:
+        name, sign, value = item.partition("=")
+        if not sign or not name:
+            raise UserError(f"--set {item!r} has no value; expected a.b=value, for example --set train.lr=0.001.")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--set {item!r}: the value is not valid YAML; expected a number, a word, [1, 2] or {{a: 1}}.") from None
+    return found
 
 
 def parse_config(body: Mapping[str, Any], *, overrides: Mapping[str, Any] | None = None, store: str | None = None) -> RunConfig:

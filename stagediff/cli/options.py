@@ -1,13 +1,12 @@
 """What several sub-commands take: config file, store, overrides, device, and how they are opened."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-import yaml
 
 from stagediff import steps
-from stagediff.config import RunConfig, load_config
+from stagediff.config import RunConfig, load_config, overrides
 from stagediff.errors import UserError
 from stagediff.store import Artifact, Store
 
@@ -67,16 +66,7 @@ InStore = Annotated[str, typer.Option("--store", metavar="STORE", help="Folder o
 
 def load(config: Path, store: str | None, sets: list[str] | None) -> RunConfig:
     """The config file with the command line's replacements."""
-    overrides: dict[str, Any] = {}
-    for item in sets or []:
-        name, sign, value = item.partition("=")
-        if not sign or not name:
-            raise UserError(f"--set {item!r} has no value; expected a.b=value, for example --set train.lr=0.001.")
-        try:
-            overrides[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"--set {item!r}: the value is not valid YAML; expected a number, a word, [1, 2] or {{a: 1}}.") from None
-    return load_config(config, overrides=overrides, store=store)
+    return load_config(config, overrides=overrides(sets or []), store=store)
 
 
 def open_store(url: str) -> Store:

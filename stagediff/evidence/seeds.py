@@ -89,12 +89,16 @@ def command(
     first: Annotated[int, typer.Option(help="The first seed; the others follow it.")] = 1,
     share: Annotated[list[float] | None, typer.Option(help="Share of new rows; may be given several times. Default: the config's.")] = None,
     store: Annotated[str | None, typer.Option("--store", help="Folder or s3://bucket/prefix; replaces the config's.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Replaces one setting of the config; may be given several times."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     jobs: Annotated[int, typer.Option(min=1, help="How many steps to run at a time.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output on standard output.")] = False,
 ) -> None:
     """Runs a stage-wise diff and its evidence over several seeds and prints every seed and the medians."""
-    from stagediff.config import load_config, read_yaml
+    from stagediff.config import load_config, overrides, read_yaml
     from stagediff.errors import UserError
     from stagediff.store import Store
 
@@ -104,9 +108,10 @@ def command(
     setting = "data.new_share" if kind == "stagewise" else "stagewise.data.new_share"
 
     results = []
+    sets = overrides(set_ or [])
     shares: list[float | None] = [*share] if share else [None]
     for value in shares:
-        loaded = load_config(config, overrides={} if value is None else {setting: value}, store=store)
+        loaded = load_config(config, overrides=sets if value is None else {**sets, setting: value}, store=store)
         results.append(seeds(loaded, range(first, first + count), Store(loaded.store), device=device, jobs=jobs))
     if as_json:
         print(json.dumps([{"seeds": json.loads(t.to_json(orient="records")), "medians": json.loads(_json(medians(t)))} for t in results]))

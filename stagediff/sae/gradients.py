@@ -65,7 +65,7 @@ class Gradient(NamedTuple):
     """One step's outcome. Means are per token, the error summed over d, in scaled units."""
 
     loss: Tensor
-    """What is minimised: error + sparsity term + AuxK."""
+    """error + sparsity term + AuxK: what is minimised, but that here all tokens count alike, whatever the focus."""
     error: Tensor
     """1/B sum_b ||x_hat_b - x_b||^2."""
     sparsity: Tensor

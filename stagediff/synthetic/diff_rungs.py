@@ -69,8 +69,9 @@ DIFF_RUNGS: dict[str, tuple[dict[str, float], DiffRecipe]] = {
     "identical": (_SAME_MODELS, _SMALL),
 }
 """Rung -> what its world changes of DiffWorld's defaults, and its recipe: few dimensions; the usual world; the same with a longer and slower finetune;
-directions nearer to each other; model-only features that turn wholly; a common rotation; twice the features; one new row in a hundred; the same with a focus (`sae.focus`) and three times
-the rows; d 768. The last is a control: both models are one, so that nothing may be called (q), whatever the scores say.
+directions nearer to each other; model-only features that turn wholly; a common rotation; twice the features; one new row in a hundred; the same with a
+focus (`sae.focus`) and three times the rows; d 768. The last is a control: both models are one, so that nothing may be called (q), whatever the
+scores say.
 """
 
 

@@ -4,6 +4,7 @@ import shutil
 
 import pandas as pd
 import pytest
+import yaml
 from tiny import tiny_config
 
 from stagediff.config import make_plan, parse_config
@@ -61,3 +62,16 @@ def test_the_evidence_of_every_seed_and_the_medians_are_shown(capsys):
     ]
     module._show_evidence(table[["seed"]])
     assert capsys.readouterr().out == ""
+
+
+def test_settings_of_the_config_are_replaced(tmp_path, monkeypatch):
+    path, seen = tmp_path / "tiny.yaml", []
+    path.write_text(yaml.safe_dump(tiny_config(str(tmp_path / "store"))))
+
+    def look(config, *args, **kwargs):
+        seen.append((config.finetune.focus, config.data.new_share))
+        return pd.DataFrame({"seed": [1]})
+
+    monkeypatch.setattr(module, "seeds", look)
+    module.command(path, count=1, share=[0.02, 0.03], set_=["finetune.focus=2", "data.new_share=0.5"], as_json=True)
+    assert seen == [(2.0, 0.02), (2.0, 0.03)]
