@@ -134,20 +134,8 @@ def make_plan(config: RunConfig, store: "Store") -> "Plan":
             steps.resolve(extension.plan)(config, config.extensions[name], plan, store)
     for ending in steps.endings():
         steps.resolve(ending)(config, plan)
-    _check_shared(config, plan, store)
+    plan.shared = {name: (wanted.gpus, wanted.shard) for name, wanted in config.resources.items() if wanted.gpus and wanted.gpus > 1}
     return plan
-
-
-def _check_shared(config: RunConfig, plan: "Plan", store: "Store") -> None:
-    """Raises UserError where a step that is still to be done cannot be computed by as many processes as the config wants."""
-    shared = {name: wanted for name, wanted in config.resources.items() if (wanted.gpus or 0) > 1}
-    for node in plan.missing(store) if shared else []:
-        wanted, check = shared.get(node.spec.step), steps.get(node.spec.step).check_shared
-        if wanted is not None and check:
-            try:
-                steps.resolve(check)(node.spec, plan, wanted.gpus, wanted.shard)
-            except UserError as error:
-                raise UserError(f"{node.name}: {error}") from None
 
 
 def _validate(cls: Any, body: Mapping[str, Any], prefix: str = "") -> Any:

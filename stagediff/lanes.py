@@ -17,7 +17,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from contextvars import copy_context
 from multiprocessing import connection, get_context, parent_process
 from typing import Any
@@ -303,10 +303,11 @@ def _serve(pipe: connection.Connection, index: int, level: int) -> None:
 
 
 def _work(order: dict[str, Any], index: int, tell: Any) -> None:
-    import scipy.linalg  # noqa: F401  (it brings a BLAS of its own, which is limited here or never)
     import torch
     from threadpoolctl import threadpool_limits
 
+    with suppress(ImportError):  # it comes with others' packages, and with a BLAS of its own, which is limited here or never
+        import scipy.linalg  # noqa: F401
     torch.set_num_threads(order["threads"])
     threadpool_limits(order["threads"], user_api="blas")  # numpy's and scipy's
     spec = steps.spec_from_json(order["step"], order["spec"])

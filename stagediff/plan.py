@@ -39,6 +39,9 @@ class Plan:
     kept: set[Ref] = field(default_factory=set)
     """Activations that are never evicted (held-out and probe rows: examples are read from them)."""
 
+    shared: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """Step -> how many processes a job of it has, and what they share out (the config's `resources`), where that is more than one."""
+
     def __post_init__(self) -> None:
         self._names = {node.name: node for node in self.nodes}
         self._refs = {node.ref: node for node in self.nodes}
@@ -101,6 +104,12 @@ class Plan:
         """Raises UserError where it is known already that one of these will fail, before any of them runs."""
         for node in nodes:
             steps.check(node.spec)
+            check = steps.get(node.spec.step).check_shared
+            if check and node.spec.step in self.shared:
+                try:
+                    steps.resolve(check)(node.spec, self, *self.shared[node.spec.step])
+                except UserError as error:
+                    raise UserError(f"{node.name}: {error}") from None
 
     def unneeded(self, states: Mapping[Ref, State], missing: Iterable[Node]) -> list[Node]:
         """Complete activations that no unfinished step reads and that are not kept for good."""

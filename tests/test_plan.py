@@ -11,7 +11,7 @@ from stagediff import steps
 from stagediff.config import make_plan, parse_config
 from stagediff.diff.spec import STAGES
 from stagediff.errors import UserError
-from stagediff.plan import execute
+from stagediff.plan import Run, execute
 from stagediff.store import State, Store
 from stagediff.store.arrays import ArrayWriter
 
@@ -28,16 +28,19 @@ def plan_of(store="unused", **changes):
         ({"train": {"gpus": 2}}, {"architecture": "batchtopk", "k": 4, "l1": 0.0}, "train-S: batchtopk chooses"),
     ],
 )
-def test_a_training_that_its_ranks_cannot_share_is_refused_before_anything_runs(resources, changes, words):
+def test_a_training_that_its_ranks_cannot_share_is_refused_before_anything_runs(resources, changes, words, tmp_path):
     dictionary = {**tiny_config("unused")["dictionary"], **changes}
     with pytest.raises(UserError, match=words):
-        plan_of(resources=resources, dictionary=dictionary)
-    plan_of(resources={"train": {"gpus": 2, "shard": "features"}}, dictionary=dictionary)
+        Run(plan_of(tmp_path, resources=resources, dictionary=dictionary), Store(tmp_path))
+    Run(plan_of(tmp_path, resources={"train": {"gpus": 2, "shard": "features"}}, dictionary=dictionary), Store(tmp_path))
 
 
 def test_what_is_done_needs_no_ranks(finished_run):
     _, store = finished_run
-    plan_of(store.root, resources={"train": {"gpus": 3, "shard": "features"}, "finetune": {"gpus": 3}})
+    plan = plan_of(store.root, resources={"train": {"gpus": 3, "shard": "features"}})
+    Run(plan, store)
+    with pytest.raises(UserError, match=r"train-S: .* cannot be shared out evenly to 3 ranks"):
+        Run(plan, store, force=["train-S"])
 
 
 def test_every_step_comes_after_what_it_reads():

@@ -6,6 +6,7 @@ import re
 import signal
 import stat
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated, Any
@@ -90,6 +91,11 @@ for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)
 
 
+TWICE = 5.0
+"""Seconds within which signals that end a command count as one."""
+_interrupted = -TWICE - 1
+
+
 def main() -> None:
     """Entry point. A terminal that closes and SIGTERM end a command as Ctrl-C does: what it has started ends with it."""
     signal.signal(signal.SIGTERM, _terminate)
@@ -99,11 +105,11 @@ def main() -> None:
 
 
 def _terminate(number: int, frame: Any) -> None:
-    """Interrupts once: shells and schedulers send such a signal twice, and the second would come in the midst of ending."""
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    raise KeyboardInterrupt
+    """Interrupts, unless one has just done so: shells and schedulers send such a signal twice, and the second would come in the midst of ending."""
+    global _interrupted
+    before, _interrupted = _interrupted, time.monotonic()
+    if _interrupted - before > TWICE:
+        raise KeyboardInterrupt
 
 
 def _hang_up(number: int, frame: Any) -> None:

@@ -18,12 +18,16 @@ __all__ = ["MOST", "weights"]
 
 MOST = 16.0
 """Times the batch's median error that count at most: a few tokens of massive norm must not be all of a step."""
+TINY = 1e-6
+"""Errors below this, and shares of the median, are none; where all errors are, all tokens count alike."""
 
 
 def weights(squares: Tensor, power: float, team: "Team") -> Tensor:
     """[n] weight of each token of this rank's slice from its squared error, [n]; 1 on average over the whole batch."""
     batch = team.everyones(squares)
-    median = batch.median().clamp_min(1e-12)
-    shares = (batch / median).clamp_max(MOST) ** power
-    own = (squares / median).clamp_max(MOST) ** power
-    return own / shares.mean().clamp_min(1e-12)
+    median = batch.median().clamp_min(TINY)
+
+    def share(of: Tensor) -> Tensor:
+        return (of / median).clamp(TINY, MOST) ** power
+
+    return share(squares) / share(batch).mean()

@@ -29,6 +29,7 @@ __all__ = [
     "keep_active",
     "parallel_removed",
     "reconstruct",
+    "to_activations",
     "to_encoder",
 ]
 
@@ -123,6 +124,13 @@ def column_sums(values: Tensor, master: torch.dtype, weight: Tensor | None = Non
     """Sums over the batch [F] of values [B, F], by weights [B, 1]. As a product: `sum(dtype=fp32)` would first copy all of them to fp32."""
     row = values.new_ones(1, len(values)) if weight is None else weight.t().to(values.dtype)
     return torch.mm(row, values)[0].to(master)
+
+
+def to_activations(scaled: Tensor, W_dec: Tensor, row: Tensor, counts: Tensor | None) -> Tensor:
+    """Gradients of activations [B, F] from the scaled error [B, d], and a penalty's `row` [F] of every token times what that counts [B, 1]."""
+    if counts is None:  # the same row for every token: it rides in the product as its bias
+        return torch.addmm(row.to(scaled.dtype), scaled, W_dec.t())
+    return torch.mm(scaled, W_dec.t()).addcmul_(counts.to(scaled.dtype), row.to(scaled.dtype))
 
 
 def keep_active(gradient: Tensor, f: Tensor) -> Tensor:

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stagediff.sae.gradients import Context, Gradient, column_sums, encode, keep_active, parallel_removed, reconstruct, to_encoder
+from stagediff.sae.gradients import (
+    Context,
+    Gradient,
+    column_sums,
+    encode,
+    keep_active,
+    parallel_removed,
+    reconstruct,
+    to_activations,
+    to_encoder,
+)
 
 if TYPE_CHECKING:
     from stagediff.sae.dictionary import SAE
@@ -41,9 +51,6 @@ def gradient(p: dict[str, Tensor], x: Tensor, context: Context) -> Gradient:
     W_dec.addcmul_((weight * pressed / norms)[:, None], p["W_dec"])
     if context.config.decoder_norm == "unit":
         parallel_removed(W_dec, p["W_dec"])
-    row = (norms * (weight / n)).to(
-        context.compute
-    )  # d/df of the penalty is the same row for every token: it rides in the product as its bias
-    g_f = torch.addmm(row if counts is None else counts.to(row.dtype) * row, scaled, forward.W_dec.t())
+    g_f = to_activations(scaled, forward.W_dec, norms * (weight / n), counts)
     gradients = to_encoder(p, context, forward, weighted, keep_active(g_f, f))
     return Gradient(squared + weight * sparsity, squared, sparsity, f, mass > 0, gradients | {"W_dec": W_dec})

@@ -42,7 +42,7 @@ CURVE_ROWS = 200
 CURVE_COLUMNS = {
     "step": ("steps", "steps done"),
     "tokens": ("tokens", "tokens read"),
-    "loss": ("scaled units", "what is minimised, mean per token of this step's batch"),
+    "loss": ("scaled units", "what is minimised (a focus aside), mean per token of this step's batch"),
     "mse": ("raw units squared", "||x - x_hat||^2, summed over d, mean per token of this step's batch"),
     "l1": ("scaled units", "sum_i f_i ||W_dec_i|| per token (relu), L0 (jumprelu), 0 (topk, batchtopk), without its weight"),
     "explained_variance": ("1", "of this step's batch, relative to the batch's mean"),

@@ -83,11 +83,11 @@ def planted():
     return tools().planted_activations(4096, 16, 24)[0]
 
 
-def training(data, architecture: str = "relu", steps_: int = 60, **changes) -> TrainSpec:
+def training(data, architecture: str = "relu", steps_: int = 60, focus: float = 0.0, **changes) -> TrainSpec:
     auxk = 8 if "topk" in architecture else None
     dictionary = DictionaryConfig(architecture=architecture, features=48, k=4, auxk=auxk, dead_after=512)
     options = {"compute": "fp32", "checkpoint_tokens": 64 * 20, **changes}
-    return TrainSpec(data=data, budget=Budget(tokens=64 * steps_, batch=64, lr=1e-3), dictionary=dictionary, **options)
+    return TrainSpec(data=data, budget=Budget(tokens=64 * steps_, batch=64, lr=1e-3, focus=focus), dictionary=dictionary, **options)
 
 
 def weights(store: Store, ref: str) -> dict[str, torch.Tensor]:
@@ -96,11 +96,11 @@ def weights(store: Store, ref: str) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def trained(planted, tmp_path_factory) -> tuple[TrainSpec, Store, Store]:
-    """The same training by one process and by two ranks."""
+    """The same training by one process and by two ranks; with a focus, for which ranks tell each other their tokens' errors."""
     one, two = (Store(tmp_path_factory.mktemp("trained") / name) for name in ("one", "two"))
     for store in (one, two):
         data = tools().store_activations(store, planted)
-    spec = training(data)
+    spec = training(data, focus=2.0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     steps.run(spec, one, device="cpu")
@@ -126,12 +126,11 @@ def test_two_ranks_train_what_one_trains(trained):
 
 
 def test_two_ranks_train_sparsely_what_one_trains(planted, tmp_path):
-    """topk, whose encoder lies by feature, with a focus. Rounding decides near-equal features: figures and weights' norms agree to 3 percent."""
+    """topk, whose encoder lies by feature. Rounding decides near-equal features: figures agree to 3 percent, and so do the weights' norms."""
     one, two = (Store(tmp_path / name) for name in ("one", "two"))
     for store in (one, two):
         data = tools().store_activations(store, planted)
     spec = training(data, "topk")
-    spec = spec.model_copy(update={"budget": spec.budget.model_copy(update={"focus": 2.0})})
     steps.run(spec, one, device="cpu")
     ranks.run(spec, two, device="cpu", ranks=2)
     expected, found = (store.artifact(spec.ref).manifest.figures for store in (one, two))

@@ -125,8 +125,7 @@ def test_two_ranks_with_half_of_the_features_each_train_what_one_trains(architec
     one, two = (Store(tmp_path / name) for name in ("one", "two"))
     for store in (one, two):
         data = t.tools().store_activations(store, planted)
-    spec = t.training(data, architecture, steps_=300)
-    spec = spec.model_copy(update={"budget": spec.budget.model_copy(update={"focus": 1.0})})
+    spec = t.training(data, architecture, steps_=300, focus=1.0)
     if "topk" in architecture:
         spec = spec.model_copy(update={"dictionary": spec.dictionary.model_copy(update={"dead_after": 64, "auxk_weight": 1.0})})
     else:  # ranks take the dense algebra; one alone would go over active features once they are few

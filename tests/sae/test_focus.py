@@ -5,12 +5,14 @@ import pytest
 import torch
 
 from stagediff import steps
+from stagediff.lm.spec import ActivationData
 from stagediff.sae.dictionary import SAE, resolved
 from stagediff.sae.focus import MOST, weights
 from stagediff.sae.parallel import Team
 from stagediff.sae.sharded import Shards
 from stagediff.sae.spec import Budget, DictionaryConfig, FinetuneSpec, TrainSpec
 from stagediff.sae.trainer import Trainer
+from stagediff.spec import Ref
 
 D, KNOWN, NEW, RARE = 32, 48, 8, 0.02
 
@@ -21,7 +23,7 @@ def test_a_weight_is_the_squared_error_to_a_power_and_one_on_average():
     expected = np.array([1 / 4, 2 / 4, 1, 1, MOST]) ** 2  # of the median, 4; the last one counts as MOST times that
     assert found == pytest.approx(expected / expected.mean(), rel=1e-6)
     assert weights(squares, 0.0, Team()).tolist() == [1.0] * 5
-    assert torch.isfinite(weights(torch.zeros(5), 3.0, Team())).all(), "nothing is wrong"
+    assert weights(torch.zeros(5), 3.0, Team()).tolist() == [1.0] * 5, "nothing is explained badly"
 
 
 def test_a_slice_is_weighted_as_part_of_the_whole_batch(monkeypatch):
@@ -32,9 +34,12 @@ def test_a_slice_is_weighted_as_part_of_the_whole_batch(monkeypatch):
     assert Shards(8).everyones(squares[:3]).tolist() == squares[:3].tolist(), "where features are split each rank has all tokens"
 
 
-def test_without_a_focus_a_spec_keeps_its_key_and_a_step_its_bits():
-    assert "focus" not in Budget(tokens=1).identity()
-    assert Budget(tokens=1, focus=1.0).identity()["focus"] == 1.0
+def test_without_a_focus_a_spec_keeps_its_key():
+    """The key that this spec had before there was a focus."""
+    data = ActivationData(base=Ref("activations/" + "b" * 20), rows=5)
+    spec = FinetuneSpec(start=Ref("dictionaries/" + "a" * 20), data=data, budget=Budget(tokens=10))
+    assert spec.key == "ed14cbc699825b7606c4"
+    assert spec.model_copy(update={"budget": Budget(tokens=10, focus=1.0)}).key != spec.key
 
 
 def mixture(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

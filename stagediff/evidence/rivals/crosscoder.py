@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stagediff.sae.batches import Activations
 from stagediff.sae.dictionary import SAE
-from stagediff.sae.gradients import Context, Gradient, column_sums, encode, keep_active, reconstruct, to_encoder
+from stagediff.sae.gradients import Context, Gradient, column_sums, encode, keep_active, reconstruct, to_activations, to_encoder
 from stagediff.sae.initial import MEASURED_TOKENS, fresh
 from stagediff.sae.spec import DictionaryConfig
 
@@ -76,8 +76,7 @@ def gradient(p: dict[str, Tensor], x: Tensor, context: Context, shared: int, sha
     pressed = mass if counts is None else column_sums(f, x.dtype, counts) / n
     W_dec.addcmul_((context.sparsity * pressed * weights)[:, None, None] / norms[:, :, None], halves)
     W_dec[:shared] = W_dec[:shared].sum(1, keepdim=True)
-    row = (cost * (context.sparsity / n)).to(context.compute)
-    g_f = torch.addmm(row if counts is None else counts.to(row.dtype) * row, scaled, forward.W_dec.t())
+    g_f = to_activations(scaled, forward.W_dec, cost * (context.sparsity / n), counts)
     gradients = to_encoder(p, context, forward, weighted, keep_active(g_f, f))
     return Gradient(squared + context.sparsity * sparsity, squared, sparsity, f, mass > 0, gradients | {"W_dec": W_dec.view(-1, 2 * d)})
 

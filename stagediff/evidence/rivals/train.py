@@ -29,7 +29,7 @@ CURVE_ROWS = 200
 CURVE_COLUMNS = {
     "step": ("steps", "steps done"),
     "tokens": ("tokens", "tokens read"),
-    "loss": ("scaled units", "what is minimised, mean per token of this step's batch"),
+    "loss": ("scaled units", "what is minimised (a focus aside), mean per token of this step's batch"),
     "error": ("scaled units squared", "squared error per token of this step's batch"),
     "sparsity": ("scaled units", "the sparsity term without its weight (relu), 0 (batchtopk)"),
     "l0": ("latents", "active latents per token of this step's batch"),
@@ -126,6 +126,7 @@ def _train(spec: CrosscoderSpec | DifferenceSpec, job: Job, trainer: Trainer, da
                 _require_finite(float(outcome.loss), step)
                 rows = torch.tensor(curve, dtype=torch.float64).reshape(-1, len(CURVE_COLUMNS))
                 job.writer.training.save(step, {**trainer.state(), "curve": rows}, {})
+            del outcome  # its gradients, or they would lie beside the next step's
     seconds, done = time.perf_counter() - began, (steps - first) * budget.batch
     job.notes.update(tokens_this_run=done, training_seconds=round(seconds, 3), tokens_per_second=round(done / seconds) if done else 0)
     return curve

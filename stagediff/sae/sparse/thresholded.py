@@ -6,7 +6,7 @@ features whose pre-activation lies within the threshold's kernel without passing
 The same step as `relu.gradient` and `jumprelu.gradient`; which way it goes depends on weights and batch alone.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from stagediff.sae.gradients import Context, Gradient
 from stagediff.sae.sparse import engine
 from stagediff.sae.sparse.kernels import Decoded, ThresholdKernels
 from stagediff.sae.sparse.pairs import ByFeature, Pairs
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Engine"]
 
