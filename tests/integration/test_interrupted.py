@@ -19,6 +19,14 @@ pytestmark = pytest.mark.integration
 COMMAND = Path(sys.executable).parent / "stagediff"
 
 
+@pytest.fixture(autouse=True)
+def hangs_up():
+    """These tests may themselves have been started by nohup, whose children ignore SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("how", ["SIGINT", "SIGHUP", "SIGTERM"])
 def test_what_ends_the_command_ends_everything_and_the_run_goes_on(tmp_path, how):
     config = tmp_path / "tiny.yaml"
