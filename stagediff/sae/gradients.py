@@ -57,9 +57,12 @@ class Context(NamedTuple):
     focus: Callable[[Tensor], Tensor] | None = None
     """Weights [B] of the batch's tokens from their squared errors [B] (`sae.focus`); None: all are 1."""
 
-    def weight(self, error: Tensor) -> Tensor | None:
-        """Of each token, as a column [B, 1], from the error [B, d]."""
-        return self.focus(error.square().sum(1))[:, None] if self.focus else None
+    def weighted(self, error: Tensor) -> tuple[Tensor | None, Tensor]:
+        """What each token counts, as a column [B, 1] (None: all count 1), and the error [B, d] times that."""
+        if self.focus is None:
+            return None, error
+        counts = self.focus(error.square().sum(1))[:, None]
+        return counts, error * counts
 
 
 class Gradient(NamedTuple):

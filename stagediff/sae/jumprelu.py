@@ -32,8 +32,7 @@ def gradient(p: dict[str, Tensor], x: Tensor, context: Context) -> Gradient:
     over = forward.pre - threshold.to(context.compute)  # [B, F]
     f = torch.ops.aten.threshold_backward(forward.pre, over, 0)  # pre where over > 0, else 0
     error, squared = reconstruct(p, x, forward, f, context.total)
-    counts = context.weight(error)  # [B, 1]
-    weighted = error if counts is None else error * counts
+    counts, weighted = context.weighted(error)
     scaled = (weighted * (2 / n)).to(context.compute)
     W_dec = torch.mm(f.t(), scaled).to(x.dtype)
     if context.config.decoder_norm == "unit":

@@ -38,8 +38,7 @@ def gradient(p: dict[str, Tensor], x: Tensor, context: Context) -> Gradient:
     forward = encode(p, x, context)
     f = forward.pre.relu_()
     error, squared = reconstruct(p, x, forward, f, context.total)
-    counts = context.weight(error)  # [B, 1]
-    weighted = error if counts is None else error * counts
+    counts, weighted = context.weighted(error)
     scaled = (weighted * (2 / n)).to(context.compute)
 
     norms = p["W_dec"].norm(dim=1).clamp_min(1e-12)  # [F]

@@ -60,8 +60,7 @@ def gradient(p: dict[str, Tensor], x: Tensor, context: Context, shared: int, sha
     forward = encode(p, x, context)
     f = forward.pre.relu_()
     error, squared = reconstruct(p, x, forward, f)
-    counts = context.weight(error)  # [B, 1]
-    weighted = error if counts is None else error * counts
+    counts, weighted = context.weighted(error)
     scaled = (weighted * (2 / n)).to(context.compute)
 
     halves = p["W_dec"].view(-1, 2, d)
