@@ -10,6 +10,7 @@ aligned           (1 - novelty) x contrast where that is positive, summed over t
 excess            of a latent the angle of its novelty less the root mean square of what retraining alone leaves at its index (`stagediff.diff.null`); of a
                   pair the sum over its two latents. High = found. Needs no labels, but the retrain null: latents that every training moves take the
                   foremost places of the other scores (docs/decisions/009-own-null.md)
+excess x contrast a pair's excess times the sum of both latents' contrasts, each where positive. High = found. Needs row labels and the retrain null
 
 Newborn is a latent whose novelty is under `newborn_below`. The two paths are two catches from one population of needed latents: of the newborns of F via M
 that carry the new data, the share that F via D has too estimates how much of that population F via D has (Lincoln and Petersen's capture and
@@ -41,9 +42,11 @@ if TYPE_CHECKING:
 __all__ = ["COLUMNS", "PAIR_SCORES", "compute", "contrast", "pairs"]
 
 F_STAGES = (*PATHS, "F_direct")
-PAIR_SCORES = ("pair_novelty", "excess_low", "aligned_low", "paired_x_y", "score")
-"""What ranks pairs, low end first: paired novelty, -excess, -aligned, x + y over the pair, and the published x + y at the index of the pair's latent of F
-via D."""
+PAIR_SCORES = ("pair_novelty", "excess_low", "excess_contrast_low", "aligned_low", "contrast_low", "paired_x_y", "score")
+"""What ranks pairs, low end first: paired novelty, -excess, -(excess x contrast), -aligned, -contrast (the control: row labels alone), x + y over the pair,
+and the published x + y at the index of the pair's latent of F via D."""
+NEEDS_CONTRAST = {"excess_contrast_low", "aligned_low", "contrast_low"}
+NEEDS_NULL = {"excess_low", "excess_contrast_low"}
 
 
 def compute(spec: AlignSpec, job: "Job") -> dict[str, Any]:
@@ -100,7 +103,12 @@ def pairs(table: pd.DataFrame) -> pd.DataFrame:
     """The pairs of an align step's features.parquet as `enrichment` judges features: all alive, new_top is the mean of both latents."""
     matched = table[table.partner >= 0]
     return matched.assign(
-        alive=True, new_top=matched.pair_new_top, aligned_low=-matched.aligned, excess_low=-matched.pair_excess
+        alive=True,
+        new_top=matched.pair_new_top,
+        aligned_low=-matched.aligned,
+        contrast_low=-matched.pair_contrast,
+        excess_low=-matched.pair_excess,
+        excess_contrast_low=-matched.excess_contrast,
     ).reset_index(drop=True)
 
 
@@ -189,16 +197,20 @@ def _over_pairs(table: pd.DataFrame) -> pd.DataFrame:
         values = table[name].to_numpy(float)
         return np.where(has, values[np.maximum(table.partner.to_numpy(), 0)], np.nan)
 
-    gain = np.zeros(len(table))
+    gain, contrasts = np.zeros(len(table)), np.zeros(len(table))
     for stage, of in (("F_D", lambda name: table[name].to_numpy(float)), ("F_M", of_partner)):
-        gain = gain + (1 - of(f"novelty_{stage}")) * np.maximum(of(f"contrast_{stage}"), 0)
+        positive = np.maximum(of(f"contrast_{stage}"), 0)
+        gain, contrasts = gain + (1 - of(f"novelty_{stage}")) * positive, contrasts + positive
+    excess = table.excess_F_D.to_numpy() + of_partner("excess_F_M")
     p = np.maximum(table.p_F_D.to_numpy(float), of_partner("p_F_M"))
     both_top = mean_where_defined([table.new_top_F_D.to_numpy(float), of_partner("new_top_F_M")])
     return table.assign(
         pair_novelty=table.novelty_F_D.to_numpy() + of_partner("novelty_F_M"),
         paired_x_y=table.x.to_numpy() + of_partner("y"),
         aligned=np.where(has, gain, np.nan),
-        pair_excess=table.excess_F_D.to_numpy() + of_partner("excess_F_M"),
+        pair_contrast=np.where(has, contrasts, np.nan),
+        pair_excess=excess,
+        excess_contrast=np.where(has, np.maximum(excess, 0) * contrasts, np.nan),
         pair_p=p,
         pair_q=benjamini_hochberg(p),
         pair_new_top=np.where(has, both_top, np.nan),
@@ -206,8 +218,7 @@ def _over_pairs(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _scores(spec: AlignSpec) -> tuple[str, ...]:
-    left_out = {"aligned_low"} if not spec.base_statistics else set()
-    left_out |= {"excess_low"} if not spec.null else set()
+    left_out = (set() if spec.base_statistics else NEEDS_CONTRAST) | (set() if spec.null else NEEDS_NULL)
     return tuple(s for s in PAIR_SCORES if s not in left_out)
 
 
@@ -270,9 +281,11 @@ COLUMNS = {
     "contrast_F_D": ("share", "2 x 2 activation contrast of F via D's latent (empty: not measured, or it never fires)"),
     "contrast_F_M": ("share", "the same of F via M's latent of this index"),
     "aligned": ("score", "(1 - novelty) x contrast where positive, summed over the pair; high is suspicious"),
+    "pair_contrast": ("share", "the pair's two contrasts where positive, summed"),
     "excess_F_D": ("radians", "angle of its novelty beyond what retraining alone leaves at its index, F via D (empty: no retrain null)"),
     "excess_F_M": ("radians", "the same of F via M's latent of this index"),
     "pair_excess": ("radians", "sum of the pair's two; high is suspicious"),
+    "excess_contrast": ("score", "pair_excess x pair_contrast where positive; high is suspicious"),
     "p_F_D": ("probability", "of as new a latent by retraining alone, of F via D's (empty: no retrain null)"),
     "p_F_M": ("probability", "the same of F via M's latent of this index"),
     "pair_p": ("probability", "the larger of the pair's two"),

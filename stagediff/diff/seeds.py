@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 __all__ = ["medians", "only_for", "row", "show", "with_seed"]
 
-PAIR_HEADS = {"pairs_ap_pair_novelty": "novelty", "pairs_ap_excess_low": "beyond retraining", "pairs_ap_aligned_low": "× contrast"}
+PAIR_HEADS = {
+    "pairs_ap_pair_novelty": "novelty",
+    "pairs_ap_excess_low": "beyond retraining",
+    "pairs_ap_excess_contrast_low": "beyond × contrast",
+    "pairs_ap_aligned_low": "novelty × contrast",
+}
 FROM_ENRICHMENT = ("alive", "flagged", "region", "region_flagged", "random", "random_flagged", "ratio", "p")
 
 

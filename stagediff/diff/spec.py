@@ -74,8 +74,8 @@ class AlignSpec(Spec):
 
     step = "align"
     kind = "evidence"
-    version = 3
-    """1: no excess; 2: no intervals."""
+    version = 4
+    """1: no excess; 2: no intervals; 3: no excess x contrast."""
     diff: Ref
     """The published scores, index by index: they stand beside."""
     dictionaries: dict[str, Ref]

@@ -33,11 +33,13 @@ SCORES = {
     "paired_x_y": "x + y over matched pairs",
     "pair_novelty": "paired novelty",
     "excess": "paired novelty beyond retraining",
+    "excess_contrast": "beyond retraining × contrast",
     "aligned": "paired novelty × contrast",
+    "contrast": "contrast alone",
 }
 """Score -> what it is. `no_change` is the control: nothing but continued training, ranked and judged like the others."""
 ALL_SCORES = SCORES | {name: said for scores in RIVAL_SCORES.values() for name, said in scores.items()}
-RANKED = ("x_y", "pair_novelty", "excess", "aligned")
+RANKED = ("x_y", "pair_novelty", "excess", "excess_contrast", "aligned")
 """Scores whose ranks stand in features.parquet."""
 
 
@@ -117,7 +119,9 @@ def _rankings(
         "paired_x_y": -matched.paired_x_y,
         "pair_novelty": -matched.pair_novelty,
         "excess": matched.pair_excess,
+        "excess_contrast": matched.excess_contrast,
         "aligned": matched.aligned,
+        "contrast": matched.pair_contrast,
     }
     for name, score in of_pairs.items():
         found[name] = Ranking(score.to_numpy(float), of_pair, feature)

@@ -47,10 +47,9 @@ _LARGE_WORLD: dict[str, float] = {
 }
 _LARGE = DiffRecipe(
     dictionary=DictionaryConfig(features=16_384, l1=3.0),
-    train=Budget(tokens=49_152_000, batch=4096, lr=4e-4),
-    finetune=Budget(tokens=13_107_200, batch=4096, lr=1e-3),
-    rows=512_000,
-    heldout_rows=16_384,
+    train=Budget(tokens=4_915_200, batch=2048, lr=2e-3),
+    rows=64_000,
+    heldout_rows=8192,
 )
 _LONG = DiffRecipe(finetune=Budget(tokens=9_830_400, batch=2048, lr=1e-3))
 _FOCUSED = DiffRecipe(finetune=Budget(tokens=4_915_200, batch=2048, lr=3e-3, focus=3.0), rows=192_000)

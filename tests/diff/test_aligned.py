@@ -131,6 +131,8 @@ def test_the_contrast_tells_what_needs_model_and_data_from_what_the_data_explain
     row = table.loc[12]
     expected = (1 - row.novelty_F_D) * row.contrast_F_D + (1 - table.novelty_F_M[52]) * table.contrast_F_M[52]
     assert row.aligned == pytest.approx(expected)
+    assert row.pair_contrast == pytest.approx(row.contrast_F_D + table.contrast_F_M[52])
+    assert table.excess_contrast.isna().all()  # without a retrain null
 
 
 def test_the_contrast_of_means_in_four_cells():
@@ -150,12 +152,18 @@ def test_dead_latents_take_no_part(planted):
 def test_every_score_is_judged_on_the_same_pairs_as_scikit_learn_does(planted):
     table, artifact = compute(*planted[:2])
     judged = artifact.read_table("enrichment.parquet").set_index("measure")
-    assert list(judged.index) == ["pair_novelty", "aligned_low", "paired_x_y", "score"]
+    assert list(judged.index) == ["pair_novelty", "aligned_low", "contrast_low", "paired_x_y", "score"]
     assert judged.alive.nunique() == judged.flagged.nunique() == 1
     matched = table[table.partner >= 0]
     flagged = (matched.new_top_F_D.to_numpy() + table.new_top_F_M[matched.partner].to_numpy()) / 2 >= 0.5
     assert judged.flagged.iloc[0] == flagged.sum() == 5
-    for name, low in (("pair_novelty", matched.pair_novelty), ("aligned_low", -matched.aligned), ("score", matched.score)):
+    lows = {
+        "pair_novelty": matched.pair_novelty,
+        "aligned_low": -matched.aligned,
+        "contrast_low": -matched.pair_contrast,
+        "score": matched.score,
+    }
+    for name, low in lows.items():
         assert judged.average_precision[name] == pytest.approx(average_precision_score(flagged, -low))
 
 
@@ -201,13 +209,19 @@ def test_a_newborn_is_found_at_an_index_that_retraining_leaves_empty_too(planted
     with store.write(nulls) as w:
         w.write_table("null.parquet", null)
         w.commit(figures={})
-    table, _ = compute(store, spec.model_copy(update={"null": nulls.ref}))
+    table, artifact = compute(store, spec.model_copy(update={"null": nulls.ref}))
     assert set(table.sort_values("pair_excess", ascending=False).feature.head(4)) == set(BORN["F_D"])
     angle = np.arccos(usual)
     median = np.median(angle[0][np.isfinite(angle[0])])
     assert table.excess_F_D[10] == pytest.approx(np.arccos(table.novelty_F_D[10]) - median)
     assert table.excess_F_D[30] == pytest.approx(np.arccos(table.novelty_F_D[30]) - np.sqrt((angle[0, :, 30] ** 2).mean()))
     assert table.pair_excess[60] < -1
+    assert table.excess_contrast[60] == 0
+    partner = table.partner[10]
+    positive = max(table.contrast_F_D[10], 0) + max(table.contrast_F_M[partner], 0)
+    assert table.excess_contrast[10] == pytest.approx((table.excess_F_D[10] + table.excess_F_M[partner]) * positive)
+    assert set(table.nlargest(4, "excess_contrast").feature) == set(BORN["F_D"])
+    assert {"excess_low", "excess_contrast_low"} <= set(artifact.read_table("enrichment.parquet").measure)
     among = np.sort(angle[0][np.isfinite(angle[0])])
     expected = (1 + (among >= np.arccos(table.novelty_F_D[10])).sum()) / (1 + len(among))
     assert table.p_F_D[10] == pytest.approx(expected)
@@ -232,7 +246,8 @@ def test_without_statistics_on_the_base_model_there_is_no_contrast(planted):
     table, artifact = compute(store, spec.model_copy(update={"base_statistics": {}}))
     assert table.contrast_F_D.isna().all()
     assert table.aligned.isna().all()
-    assert "aligned_low" not in set(artifact.read_table("enrichment.parquet").measure)
+    assert table.pair_contrast.isna().all()
+    assert list(artifact.read_table("enrichment.parquet").measure) == ["pair_novelty", "paired_x_y", "score"]
 
 
 def test_columns_say_their_units_and_meanings(planted):

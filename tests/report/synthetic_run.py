@@ -200,7 +200,9 @@ def aligned_table(published: pd.DataFrame, rng: np.random.Generator) -> pd.DataF
     for name in ("p_F_D", "p_F_M", "pair_p", "pair_q"):
         table[name] = np.nan
     table["aligned"] = np.where(alive, 0.8 * fresh * (2 - table.pair_novelty), np.nan)
-    table["excess_F_D"] = table["excess_F_M"] = table["pair_excess"] = np.nan  # without a retrain null
+    table["pair_contrast"] = np.where(alive, 1.6 * fresh, np.nan)
+    for name in ("excess_F_D", "excess_F_M", "pair_excess", "excess_contrast"):  # without a retrain null
+        table[name] = np.nan
     for name in ("new_top_F_D", "new_top_F_M", "pair_new_top"):
         table[name] = published.new_top
     return table

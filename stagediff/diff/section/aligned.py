@@ -21,7 +21,9 @@ FOREMOST = 20
 NAMES = {
     "pair_novelty": "paired novelty (matched, no labels)",
     "excess_low": "paired novelty beyond retraining",
+    "excess_contrast_low": "beyond retraining × contrast (needs row labels)",
     "aligned_low": "paired novelty × contrast (needs row labels)",
+    "contrast_low": "contrast alone (needs row labels)",
     "paired_x_y": "x + y over the matched pair",
     "score": "x + y by index (published)",
 }

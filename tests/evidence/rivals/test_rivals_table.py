@@ -128,6 +128,7 @@ def test_a_whole_run_ranks_every_method_and_the_report_shows_each(judged):
         "SAE on the difference",
         "x + y by index",
         "paired novelty × contrast (needs labels)",
+        "beyond retraining × contrast (needs labels)",
     ):
         assert said in html
     assert "nan" not in html
