@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_train import dense_step
+from gpu_timings import dense_step
 from torch import Tensor
 
 from stagediff.numerics import reuse_freed_memory
