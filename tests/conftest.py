@@ -17,6 +17,13 @@ from stagediff.plan import Plan, execute
 from stagediff.store import Store
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `-n 2 --dist loadgroup`: a file's tests go to one process, and so do all files that share the server of `deployed`."""
+    for item in items:
+        shared = "deployed" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("deployed" if shared else str(item.path)))
+
+
 def pytest_sessionfinish() -> None:
     logging.raiseExceptions = False  # Prefect's temporary server ends after pytest has closed what it would log to
 
