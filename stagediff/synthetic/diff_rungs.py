@@ -48,8 +48,7 @@ _LARGE_WORLD: dict[str, float] = {
 _LARGE = DiffRecipe(
     dictionary=DictionaryConfig(features=16_384, l1=3.0),
     train=Budget(tokens=4_915_200, batch=2048, lr=2e-3),
-    rows=64_000,
-    heldout_rows=8192,
+    finetune=Budget(tokens=6_553_600, batch=2048, lr=3e-3),
 )
 _LONG = DiffRecipe(finetune=Budget(tokens=9_830_400, batch=2048, lr=1e-3))
 _FOCUSED = DiffRecipe(finetune=Budget(tokens=4_915_200, batch=2048, lr=3e-3, focus=3.0), rows=192_000)
