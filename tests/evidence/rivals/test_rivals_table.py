@@ -128,9 +128,10 @@ def test_a_whole_run_ranks_every_method_and_the_report_shows_each(judged):
         "SAE on the difference",
         "x + y by index",
         "paired novelty × contrast (needs labels)",
-        "beyond retraining × contrast (needs labels)",
+        "contrast alone (needs labels)",
     ):
         assert said in html
+    assert "beyond retraining" not in html  # without a retrain null
     assert "nan" not in html
 
 
