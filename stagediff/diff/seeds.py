@@ -22,6 +22,7 @@ PAIR_HEADS = {
     "pairs_ap_excess_low": "beyond retraining",
     "pairs_ap_excess_contrast_low": "beyond × contrast",
     "pairs_ap_aligned_low": "novelty × contrast",
+    "pairs_ap_contrast_low": "contrast alone",
 }
 FROM_ENRICHMENT = ("alive", "flagged", "region", "region_flagged", "random", "random_flagged", "ratio", "p")
 

@@ -37,7 +37,7 @@ SCORES = {
     "aligned": "paired novelty × contrast",
     "contrast": "contrast alone",
 }
-"""Score -> what it is. `no_change` is the control: nothing but continued training, ranked and judged like the others."""
+"""Score -> what it is. The controls are ranked and judged like the others: `no_change`, nothing but continued training, and `contrast`, row labels alone."""
 ALL_SCORES = SCORES | {name: said for scores in RIVAL_SCORES.values() for name, said in scores.items()}
 RANKED = ("x_y", "pair_novelty", "excess", "excess_contrast", "aligned")
 """Scores whose ranks stand in features.parquet."""
