@@ -298,6 +298,16 @@ def test_it_fits_phones_and_both_themes(browser, run, width, scheme):
     page.context.close()
 
 
+def test_no_static_table_hides_columns_on_a_laptop(browser, run):
+    page = Opened(browser, run.file, viewport={"width": 1200, "height": 900})
+    hidden = page.page.evaluate(
+        "[...document.querySelectorAll('.scroll')].filter(box => box.querySelector('table.plain') && box.scrollWidth > box.clientWidth)"
+        ".map(box => box.innerText.slice(0, 200))"
+    )
+    assert hidden == []
+    page.context.close()
+
+
 def test_the_layout_does_not_jump(opened):
     """Opening features and hovering changes no section's place."""
     places = "Array.from(document.querySelectorAll('section')).map(s => s.offsetTop)"
