@@ -154,7 +154,9 @@ def test_every_rung_is_a_world_and_the_ladder_covers_share_angle_rotation_and_wi
     assert worlds["turned"].model_angle == 90
     assert worlds["rotated"].common_rotation > 0
     assert worlds["large"].d == 768
+    assert worlds["large-focused"] == worlds["large"]
     assert DIFF_RUNGS["large"][1].dictionary.features == 16_384
+    assert DIFF_RUNGS["large-focused"][1].finetune.focus > DIFF_RUNGS["large"][1].finetune.focus == 0
     assert all(DIFF_RUNGS[r][1].dictionary.features > 1.2 * w.features for r, w in worlds.items() if r != "crowded")
     same = PlantedDiff(worlds["identical"]).directions
     for data in ("base", "new"):
