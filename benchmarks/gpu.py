@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py [--device cuda] [--quick]
 
-Checks: the truncated forward pass and a harvest, one training step of each architecture (gradients and updated weights), a training that is killed
+Checks: the truncated forward pass and a harvest, the gradients of one training step of each architecture (with a focus too), a training that is killed
 half way and continued (the same bytes as undisturbed), and the statistics pass. Then tokens per second and peak memory of harvest and training at a
 size that fills a GPU (--quick: a small one). Prints one line of JSON per check and per timing, and exits with 1 when a check fails. With
 `--device cpu --quick` it checks itself on a machine without a GPU.
@@ -70,6 +70,8 @@ def checks(folder: Path, device: str) -> Iterator[dict[str, Any]]:
     yield compared("harvest, bf16", *stored, TOLERANCE["bf16"])
     for architecture in ARCHITECTURES:
         yield one_step(architecture, stored[0], device)
+    for architecture in ("relu", "topk"):
+        yield one_step(architecture, stored[0], device, focus=1.0)
     data = ActivationData(base=spec.ref, rows=96)
     for architecture in ARCHITECTURES:
         yield resumed(architecture, data, store, folder, device)
@@ -93,15 +95,17 @@ def dictionary(architecture: str, features: int = 512) -> DictionaryConfig:
     return DictionaryConfig(architecture=architecture, features=features, k=8, auxk=auxk, dead_after=2048)
 
 
-def one_step(architecture: str, x: Tensor, device: str) -> dict[str, Any]:
-    """Gradients and weights after one fp32 step from the same start on the same batch."""
+def one_step(architecture: str, x: Tensor, device: str, focus: float = 0.0) -> dict[str, Any]:
+    """Gradients of one fp32 step from the same start on the same batch. Without a clip: the dense algebra scales the gradients that it returns by it, a
+    sparse step what it takes of them, and relu and jumprelu are dense on a GPU and, where few features fire, sparse on a CPU.
+    """
     found = []
     for where in ("cpu", device):
         sae = fresh(dictionary(architecture), 128**0.5 / float(x.norm(dim=1).mean()), x.mean(0), seed=0).to(where)
-        trainer = Trainer(sae, Budget(tokens=4096, batch=2048), 2, False, torch.float32)
+        trainer = Trainer(sae, Budget(tokens=4096, batch=2048, clip=0, focus=focus), 2, False, torch.float32)
         gradient = trainer.train_on(x[:2048].to(where))
         found.append(torch.cat([g.flatten().cpu() for _, g in sorted(gradient.gradients.items())]))
-    return compared(f"one step, {architecture}, fp32", *found, TOLERANCE["fp32"])
+    return compared(f"one step, {architecture}, fp32{', focus' if focus else ''}", *found, TOLERANCE["fp32"])
 
 
 def resumed(architecture: str, data: ActivationData, store: Store, folder: Path, device: str) -> dict[str, Any]:
