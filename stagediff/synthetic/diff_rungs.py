@@ -51,6 +51,10 @@ _LARGE = DiffRecipe(
     finetune=Budget(tokens=6_553_600, batch=2048, lr=3e-3),
 )
 _LARGE_FOCUSED = _LARGE.model_copy(update={"finetune": Budget(tokens=3_276_800, batch=2048, lr=3e-3, focus=0.5)})
+_CROWDED: dict[str, float] = {"unchanged": 804, "model_only": 80, "l0": 12.0}
+_CROWDED_FOCUSED = DiffRecipe(
+    dictionary=DictionaryConfig(features=2048, l1=3.0), finetune=Budget(tokens=3_276_800, batch=2048, lr=3e-3, focus=0.5)
+)
 _LONG = DiffRecipe(finetune=Budget(tokens=9_830_400, batch=2048, lr=1e-3))
 _FOCUSED = DiffRecipe(finetune=Budget(tokens=4_915_200, batch=2048, lr=3e-3, focus=3.0), rows=192_000)
 
@@ -61,7 +65,8 @@ DIFF_RUNGS: dict[str, tuple[dict[str, float], DiffRecipe]] = {
     "close": ({"angle": 40.0}, DiffRecipe()),
     "turned": ({"model_angle": 90.0}, DiffRecipe()),
     "rotated": ({"common_rotation": 20.0}, DiffRecipe()),
-    "crowded": ({"unchanged": 804, "model_only": 80, "l0": 12.0}, DiffRecipe()),
+    "crowded": (_CROWDED, DiffRecipe()),
+    "crowded-focused": (_CROWDED, _CROWDED_FOCUSED),
     "rare": ({"new_share": 0.01}, _LONG),
     "focused": ({"new_share": 0.01}, _FOCUSED),
     "large": (_LARGE_WORLD, _LARGE),
@@ -69,9 +74,9 @@ DIFF_RUNGS: dict[str, tuple[dict[str, float], DiffRecipe]] = {
     "identical": (_SAME_MODELS, _SMALL),
 }
 """Rung -> what its world changes of DiffWorld's defaults, and its recipe: few dimensions; the usual world; the same with a longer and slower finetune;
-directions nearer to each other; model-only features that turn wholly; a common rotation; twice the features; one new row in a hundred; the same with a
-focus (`sae.focus`) and three times the rows; d 768; the same with a focus. The last is a control: both models are one, so that nothing may be called (q),
-whatever the scores say.
+directions nearer to each other; model-only features that turn wholly; a common rotation; twice the features; the same with twice the latents and a focus
+(`sae.focus`); one new row in a hundred; the same with a focus and three times the rows; d 768; the same with a focus. The last is a control: both models
+are one, so that nothing may be called (q), whatever the scores say.
 """
 
 
