@@ -10,7 +10,11 @@ aligned           (1 - novelty) x contrast where that is positive, summed over t
 excess            of a latent the angle of its novelty less the root mean square of what retraining alone leaves at its index (`stagediff.diff.null`); of a
                   pair the sum over its two latents. High = found. Needs no labels, but the retrain null: latents that every training moves take the
                   foremost places of the other scores (docs/decisions/009-own-null.md)
-excess x contrast a pair's excess times the sum of both latents' contrasts, each where positive. High = found. Needs row labels and the retrain null
+agreement         of a latent its largest decoder cosine with any alive latent of the other path's F or of the direct finetune. What the data call for is
+                  found again by another training; a latent that took a direction by chance is not, and wide dictionaries are full of those
+agreed            of a latent its excess, where positive, times the square of its agreement: the share of its direction that another training has too; of a
+                  pair the sum over its two latents. High = found. Needs no labels (docs/decisions/015-agreement.md)
+agreed x contrast a pair's agreed excess times the sum of both latents' contrasts, each where positive. High = found. Needs row labels and the retrain null
 
 Newborn is a latent whose novelty is under `newborn_below`. The two paths are two catches from one population of needed latents: of the newborns of F via M
 that carry the new data, the share that F via D has too estimates how much of that population F via D has (Lincoln and Petersen's capture and
@@ -29,7 +33,7 @@ from stagediff.diff.calibration import benjamini_hochberg, own_p_values, p_value
 from stagediff.diff.decoders import Decoder, aligned_blocks, cosines
 from stagediff.diff.enrichment import COLUMNS as ENRICHMENT_COLUMNS
 from stagediff.diff.enrichment import enrichment
-from stagediff.diff.matching import Matching, candidates, largest_cosine, match
+from stagediff.diff.matching import Matching, Some, candidates, largest_cosine, match
 from stagediff.diff.null import LEVEL, angles, by_repeat
 from stagediff.diff.procrustes import Turned, common_rotation
 from stagediff.diff.rotations import mean_where_defined, new_share_of_examples
@@ -42,11 +46,11 @@ if TYPE_CHECKING:
 __all__ = ["COLUMNS", "PAIR_SCORES", "compute", "contrast", "pairs"]
 
 F_STAGES = (*PATHS, "F_direct")
-PAIR_SCORES = ("pair_novelty", "excess_low", "excess_contrast_low", "aligned_low", "contrast_low", "paired_x_y", "score")
-"""What ranks pairs, low end first: paired novelty, -excess, -(excess x contrast), -aligned, -contrast (the control: row labels alone), x + y over the pair,
-and the published x + y at the index of the pair's latent of F via D."""
-NEEDS_CONTRAST = {"excess_contrast_low", "aligned_low", "contrast_low"}
-NEEDS_NULL = {"excess_low", "excess_contrast_low"}
+PAIR_SCORES = ("pair_novelty", "excess_low", "agreed_low", "agreed_contrast_low", "aligned_low", "contrast_low", "paired_x_y", "score")
+"""What ranks pairs, low end first: paired novelty, -excess, -agreed, -(agreed x contrast), -aligned, -contrast (the control: row labels alone), x + y over
+the pair, and the published x + y at the index of the pair's latent of F via D."""
+NEEDS_CONTRAST = {"agreed_contrast_low", "aligned_low", "contrast_low"}
+NEEDS_NULL = {"excess_low", "agreed_low", "agreed_contrast_low"}
 
 
 def compute(spec: AlignSpec, job: "Job") -> dict[str, Any]:
@@ -69,9 +73,15 @@ def compute(spec: AlignSpec, job: "Job") -> dict[str, Any]:
         for stage in F_STAGES:
             novelty[stage] = np.maximum(*largest_cosine(rows[stage], against, job.device).values())
             task.advance(1)
+    with job.progress.task("agreement", len(PATHS), "dictionaries") as task:
+        agreement = {}
+        for stage in PATHS:
+            others = {s: Some(decoders[s], alive[s]) for s in F_STAGES if s != stage}
+            agreement[stage] = np.maximum(*largest_cosine(rows[stage], others, job.device).values())
+            task.advance(1)
     found = match(rows["F_D"], rows["F_M"], job.device)
 
-    table = _features(published, alive, chosen, novelty, found)
+    table = _features(published, alive, chosen, {"novelty": novelty, "agreement": agreement}, found)
     for stage in PATHS:
         table[f"contrast_{stage}"] = _contrast(spec, stage, job) if spec.base_statistics else np.nan
         examples = job.artifact(spec.statistics[stage]).read_table("examples.parquet", columns=["feature", "is_new"])
@@ -108,7 +118,8 @@ def pairs(table: pd.DataFrame) -> pd.DataFrame:
         aligned_low=-matched.aligned,
         contrast_low=-matched.pair_contrast,
         excess_low=-matched.pair_excess,
-        excess_contrast_low=-matched.excess_contrast,
+        agreed_low=-matched.pair_agreed,
+        agreed_contrast_low=-matched.agreed_contrast,
     ).reset_index(drop=True)
 
 
@@ -140,15 +151,16 @@ def _features(
     published: pd.DataFrame,
     alive: dict[str, np.ndarray],
     chosen: dict[str, np.ndarray],
-    novelty: dict[str, np.ndarray],
+    cosines_by_name: dict[str, dict[str, np.ndarray]],
     found: Matching,
 ) -> pd.DataFrame:
     table = published.copy()
     for stage in PATHS:
         table[f"alive_{stage}"] = alive[stage]
-        column = np.full(len(table), np.nan)
-        column[chosen[stage]] = novelty[stage]
-        table[f"novelty_{stage}"] = column
+        for name, of in cosines_by_name.items():
+            column = np.full(len(table), np.nan)
+            column[chosen[stage]] = of[stage]
+            table[f"{name}_{stage}"] = column
     mine, other = (chosen[s] for s in PATHS)
     has = found.partner >= 0
     partner, cosine, mutual = np.full(len(table), -1, np.int32), np.full(len(table), np.nan), np.zeros(len(table), bool)
@@ -197,11 +209,12 @@ def _over_pairs(table: pd.DataFrame) -> pd.DataFrame:
         values = table[name].to_numpy(float)
         return np.where(has, values[np.maximum(table.partner.to_numpy(), 0)], np.nan)
 
-    gain, contrasts = np.zeros(len(table)), np.zeros(len(table))
+    gain, contrasts, agreed = np.zeros(len(table)), np.zeros(len(table)), np.zeros(len(table))
     for stage, of in (("F_D", lambda name: table[name].to_numpy(float)), ("F_M", of_partner)):
         positive = np.maximum(of(f"contrast_{stage}"), 0)
         gain, contrasts = gain + (1 - of(f"novelty_{stage}")) * positive, contrasts + positive
-    excess = table.excess_F_D.to_numpy() + of_partner("excess_F_M")
+        excess = of(f"excess_{stage}")
+        agreed = agreed + np.where(excess > 0, excess * np.maximum(of(f"agreement_{stage}"), 0) ** 2, excess)
     p = np.maximum(table.p_F_D.to_numpy(float), of_partner("p_F_M"))
     both_top = mean_where_defined([table.new_top_F_D.to_numpy(float), of_partner("new_top_F_M")])
     return table.assign(
@@ -209,8 +222,9 @@ def _over_pairs(table: pd.DataFrame) -> pd.DataFrame:
         paired_x_y=table.x.to_numpy() + of_partner("y"),
         aligned=np.where(has, gain, np.nan),
         pair_contrast=np.where(has, contrasts, np.nan),
-        pair_excess=excess,
-        excess_contrast=np.where(has, np.maximum(excess, 0) * contrasts, np.nan),
+        pair_excess=table.excess_F_D.to_numpy() + of_partner("excess_F_M"),
+        pair_agreed=agreed,
+        agreed_contrast=np.where(has, np.maximum(agreed, 0) * contrasts, np.nan),
         pair_p=p,
         pair_q=benjamini_hochberg(p),
         pair_new_top=np.where(has, both_top, np.nan),
@@ -285,7 +299,13 @@ COLUMNS = {
     "excess_F_D": ("radians", "angle of its novelty beyond what retraining alone leaves at its index, F via D (empty: no retrain null)"),
     "excess_F_M": ("radians", "the same of F via M's latent of this index"),
     "pair_excess": ("radians", "sum of the pair's two; high is suspicious"),
-    "excess_contrast": ("score", "pair_excess x pair_contrast where positive; high is suspicious"),
+    "agreement_F_D": (
+        "cosine",
+        "largest with any alive latent of F via M or of the direct finetune, of F via D's latent (empty: not a candidate)",
+    ),
+    "agreement_F_M": ("cosine", "largest with any alive latent of F via D or of the direct finetune, of F via M's latent of this index"),
+    "pair_agreed": ("radians", "sum of the pair's two excesses, each where positive times its squared agreement; high is suspicious"),
+    "agreed_contrast": ("score", "pair_agreed x pair_contrast where positive; high is suspicious"),
     "p_F_D": ("probability", "of as new a latent by retraining alone, of F via D's (empty: no retrain null)"),
     "p_F_M": ("probability", "the same of F via M's latent of this index"),
     "pair_p": ("probability", "the larger of the pair's two"),

@@ -40,8 +40,8 @@ RUN_HEADS = {
     "average_precision": "AP",
     "aligned": "AP aligned",
 }
-ALIGNED = ("average_precision_excess", "average_precision_pair_novelty")
-"""Beyond retraining where the run has the null, else paired novelty."""
+ALIGNED = ("average_precision_agreed", "average_precision_pair_novelty")
+"""Beyond retraining, agreed, where the run has the null, else paired novelty."""
 PAIR_HEADS = {
     "features_of": "features that carry the data of",
     "scores_of": "by the scores of",

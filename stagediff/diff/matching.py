@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stagediff.diff.decoders import BLOCK, unit_rows
 
-__all__ = ["Held", "Matching", "Rows", "candidates", "largest_cosine", "match"]
+__all__ = ["Held", "Matching", "Rows", "Some", "candidates", "largest_cosine", "match"]
 
 ROWS_AT_ONCE = 4096
 
@@ -38,6 +38,18 @@ class Held:
 
     def rows(self, start: int, stop: int) -> Tensor:
         return self._rows[start:stop]
+
+
+class Some:
+    """Rows of another, those outside a mask [n] bool as zeros, which match nothing."""
+
+    def __init__(self, rows: Rows, mask: np.ndarray):
+        self._rows, self._mask = rows, torch.from_numpy(mask)
+        self.shape = rows.shape
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        rows = self._rows.rows(start, stop)
+        return torch.where(self._mask[start:stop, None].to(rows.device), rows, 0.0)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ __all__ = ["medians", "only_for", "row", "show", "with_seed"]
 PAIR_HEADS = {
     "pairs_ap_pair_novelty": "novelty",
     "pairs_ap_excess_low": "beyond retraining",
-    "pairs_ap_excess_contrast_low": "beyond × contrast",
+    "pairs_ap_agreed_low": "agreed",
+    "pairs_ap_agreed_contrast_low": "agreed × contrast",
     "pairs_ap_aligned_low": "novelty × contrast",
     "pairs_ap_contrast_low": "contrast alone",
 }

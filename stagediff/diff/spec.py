@@ -74,8 +74,8 @@ class AlignSpec(Spec):
 
     step = "align"
     kind = "evidence"
-    version = 4
-    """1: no excess; 2: no intervals; 3: no excess x contrast."""
+    version = 5
+    """1: no excess; 2: no intervals; 3: no contrast with a null; 4: no agreement."""
     diff: Ref
     """The published scores, index by index: they stand beside."""
     dictionaries: dict[str, Ref]

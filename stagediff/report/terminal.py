@@ -180,8 +180,8 @@ def _key_figures(store: Store, nodes: Mapping[str, Ref], diff: Artifact) -> Tabl
     if align := _complete(store, nodes, "align"):
         a = align.manifest.figures
         if a.get("average_precision_pair_novelty") is not None:
-            excess = a.get("average_precision_excess")
-            beyond = "" if excess is None else f"{excess:.3f} by what of it is beyond retraining, "
+            agreed = a.get("average_precision_agreed")
+            beyond = "" if agreed is None else f"{agreed:.3f} by what of it is beyond retraining and agreed, "
             grid.add_row(
                 "aligned",
                 f"average precision {a['average_precision_pair_novelty']:.3f} by paired novelty, {beyond}"

@@ -22,7 +22,8 @@ DRAWN = {
     "x_y": "#e09f3e",
     "pair_novelty": "#5aa469",
     "excess": "#d1495b",
-    "excess_contrast": "#1c2128",
+    "agreed": "#b0125b",
+    "agreed_contrast": "#1c2128",
 }
 """Scores of `diff_judge.ALL_SCORES` that are drawn, with their colours; those that were not trained are left out."""
 MEASURES = {"average_precision": "average precision over candidates", "feature_precision": "average precision per planted feature"}

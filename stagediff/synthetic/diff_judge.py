@@ -33,13 +33,14 @@ SCORES = {
     "paired_x_y": "x + y over matched pairs",
     "pair_novelty": "paired novelty",
     "excess": "paired novelty beyond retraining",
-    "excess_contrast": "beyond retraining × contrast",
+    "agreed": "beyond retraining, agreed",
+    "agreed_contrast": "agreed × contrast",
     "aligned": "paired novelty × contrast",
     "contrast": "contrast alone",
 }
 """Score -> what it is. The controls are ranked and judged like the others: `no_change`, nothing but continued training, and `contrast`, row labels alone."""
 ALL_SCORES = SCORES | {name: said for scores in RIVAL_SCORES.values() for name, said in scores.items()}
-RANKED = ("x_y", "pair_novelty", "excess", "excess_contrast", "aligned")
+RANKED = ("x_y", "pair_novelty", "excess", "agreed", "agreed_contrast", "aligned")
 """Scores whose ranks stand in features.parquet."""
 
 
@@ -119,7 +120,8 @@ def _rankings(
         "paired_x_y": -matched.paired_x_y,
         "pair_novelty": -matched.pair_novelty,
         "excess": matched.pair_excess,
-        "excess_contrast": matched.excess_contrast,
+        "agreed": matched.pair_agreed,
+        "agreed_contrast": matched.agreed_contrast,
         "aligned": matched.aligned,
         "contrast": matched.pair_contrast,
     }

@@ -121,6 +121,38 @@ def test_novelty_is_the_largest_cosine_with_any_latent_of_d_or_m(planted):
     assert table.paired_x_y[10] == pytest.approx(table.x[10] + table.y[j])
 
 
+def test_agreement_is_the_largest_cosine_with_an_alive_latent_of_another_training(planted):
+    store, spec, W = planted
+    table, _ = compute(store, spec)
+    W = {s: w.float().double()[np.arange(F) != DEAD] for s, w in W.items()}
+    for i in (0, 10, 51, 200):
+        assert table.agreement_F_D[i] == pytest.approx(largest(W["F_D"][i], W["F_M"], W["F_direct"]), abs=1e-6)
+        assert table.agreement_F_M[i] == pytest.approx(largest(W["F_M"][i], W["F_D"], W["F_direct"]), abs=1e-6)
+
+
+def test_what_no_other_training_has_falls_behind_what_is_born_everywhere(planted):
+    """A latent that each path turned by chance is newer than the newborns, and dead latents of its direction say nothing for it."""
+    store, spec, W = planted
+    g = torch.Generator().manual_seed(5)
+    turned = {s: W[s].clone() for s in ("F_D", "F_M")}
+    for rows in turned.values():
+        rows[100:106] = 2 * torch.randn(6, D, generator=g, dtype=torch.float64)
+    turned["F_M"][DEAD] = turned["F_D"][100]
+    # The newborns are less new than that: they have half of a direction that D and M have.
+    for stage, at in BORN.items():
+        turned[stage][at] += 1.2 * W["D"][:4] / W["D"][:4].norm(dim=1, keepdim=True)
+    dictionaries = {**spec.dictionaries, **{s: dictionary(store, rows, 90 + i) for i, (s, rows) in enumerate(turned.items())}}
+    nulls = NullSpec(dictionaries={}, statistics={}, nulls={}, null_statistics={})
+    still = pd.DataFrame({"axis": np.repeat(["x", "y"], F), "repeat": 0, "feature": np.tile(np.arange(F), 2), "novelty": 0.99})
+    with store.write(nulls) as w:
+        w.write_table("null.parquet", still)
+        w.commit(figures={})
+    table, _ = compute(store, spec.model_copy(update={"dictionaries": dictionaries, "null": nulls.ref}))
+    assert set(table.nlargest(4, "pair_agreed").feature) == set(BORN["F_D"])
+    assert set(table.nlargest(4, "pair_excess").feature) != set(BORN["F_D"])
+    assert table.agreement_F_D[100] < 0.9, "its only twin is dead"
+
+
 def test_the_contrast_tells_what_needs_model_and_data_from_what_the_data_explain(planted):
     table, _ = compute(*planted[:2])
     assert table.contrast_F_D[BORN["F_D"]].tolist() == pytest.approx([1.0] * 4)
@@ -132,7 +164,7 @@ def test_the_contrast_tells_what_needs_model_and_data_from_what_the_data_explain
     expected = (1 - row.novelty_F_D) * row.contrast_F_D + (1 - table.novelty_F_M[52]) * table.contrast_F_M[52]
     assert row.aligned == pytest.approx(expected)
     assert row.pair_contrast == pytest.approx(row.contrast_F_D + table.contrast_F_M[52])
-    assert table.excess_contrast.isna().all()  # without a retrain null
+    assert table[["pair_agreed", "agreed_contrast"]].isna().all(axis=None)  # without a retrain null
 
 
 def test_the_contrast_of_means_in_four_cells():
@@ -216,12 +248,16 @@ def test_a_newborn_is_found_at_an_index_that_retraining_leaves_empty_too(planted
     assert table.excess_F_D[10] == pytest.approx(np.arccos(table.novelty_F_D[10]) - median)
     assert table.excess_F_D[30] == pytest.approx(np.arccos(table.novelty_F_D[30]) - np.sqrt((angle[0, :, 30] ** 2).mean()))
     assert table.pair_excess[60] < -1
-    assert table.excess_contrast[60] == 0
+    assert table.pair_agreed[60] == table.pair_excess[60], "what is below 0 is not made less so"
+    assert table.agreed_contrast[60] == 0
     partner = table.partner[10]
     positive = max(table.contrast_F_D[10], 0) + max(table.contrast_F_M[partner], 0)
-    assert table.excess_contrast[10] == pytest.approx((table.excess_F_D[10] + table.excess_F_M[partner]) * positive)
-    assert set(table.nlargest(4, "excess_contrast").feature) == set(BORN["F_D"])
-    assert {"excess_low", "excess_contrast_low"} <= set(artifact.read_table("enrichment.parquet").measure)
+    agreed = table.excess_F_D[10] * table.agreement_F_D[10] ** 2 + table.excess_F_M[partner] * table.agreement_F_M[partner] ** 2
+    assert table.pair_agreed[10] == pytest.approx(agreed)
+    assert table.agreed_contrast[10] == pytest.approx(agreed * positive)
+    for score in ("pair_agreed", "agreed_contrast"):
+        assert set(table.nlargest(4, score).feature) == set(BORN["F_D"])
+    assert {"excess_low", "agreed_low", "agreed_contrast_low"} <= set(artifact.read_table("enrichment.parquet").measure)
     among = np.sort(angle[0][np.isfinite(angle[0])])
     expected = (1 + (among >= np.arccos(table.novelty_F_D[10])).sum()) / (1 + len(among))
     assert table.p_F_D[10] == pytest.approx(expected)

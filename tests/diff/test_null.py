@@ -185,8 +185,8 @@ def test_aligned_pairs_have_p_and_q_too(planted):
     foremost = paired.sort_values("pair_excess", ascending=False).feature.head(len(BOTH) + len(ONE))  # a sum: one axis alone goes far too
     assert len(set(foremost) & set(BOTH)) >= 11
     judged = set(artifact.read_table("enrichment.parquet").measure)
-    assert "excess_low" in judged
-    assert "excess_contrast_low" not in judged  # without statistics on the base model
+    assert {"excess_low", "agreed_low"} <= judged
+    assert "agreed_contrast_low" not in judged  # without statistics on the base model
     called = set(paired.feature[paired.pair_q <= 0.1])
     assert len(set(BOTH) & called) >= 10
     assert len(called - set(BOTH)) <= 3

@@ -199,9 +199,10 @@ def aligned_table(published: pd.DataFrame, rng: np.random.Generator) -> pd.DataF
     table["contrast_F_D"] = table["contrast_F_M"] = np.where(alive, np.where(fresh, 0.8, -0.1), np.nan)
     for name in ("p_F_D", "p_F_M", "pair_p", "pair_q"):
         table[name] = np.nan
+    table["agreement_F_D"] = table["agreement_F_M"] = table.pair_cos
     table["aligned"] = np.where(alive, 0.8 * fresh * (2 - table.pair_novelty), np.nan)
     table["pair_contrast"] = np.where(alive, 1.6 * fresh, np.nan)
-    for name in ("excess_F_D", "excess_F_M", "pair_excess", "excess_contrast"):  # without a retrain null
+    for name in ("excess_F_D", "excess_F_M", "pair_excess", "pair_agreed", "agreed_contrast"):  # without a retrain null
         table[name] = np.nan
     for name in ("new_top_F_D", "new_top_F_M", "pair_new_top"):
         table[name] = published.new_top

@@ -18,10 +18,12 @@ from stagediff.sections import ReportContext, Section
 __all__ = ["FOREMOST", "section"]
 
 FOREMOST = 20
+AGREED = "the largest angle beyond retraining, agreed"
 NAMES = {
     "pair_novelty": "paired novelty (matched, no labels)",
     "excess_low": "paired novelty beyond retraining",
-    "excess_contrast_low": "beyond retraining × contrast (needs row labels)",
+    "agreed_low": "beyond retraining, agreed",
+    "agreed_contrast_low": "agreed × contrast (needs row labels)",
     "aligned_low": "paired novelty × contrast (needs row labels)",
     "contrast_low": "contrast alone (needs row labels)",
     "paired_x_y": "x + y over the matched pair",
@@ -99,7 +101,11 @@ def _facts(f: dict[str, Any]) -> list[tuple[str, str, str]]:
             _three(f.get("average_precision_pair_novelty")),
             "average precision of paired novelty",
             f"published x + y {_three(f.get('average_precision_published_x_y'))}"
-            + (f", beyond retraining {_three(f['average_precision_excess'])}" if f.get("average_precision_excess") is not None else ""),
+            + (
+                f", beyond retraining and agreed {_three(f['average_precision_agreed'])}"
+                if f.get("average_precision_agreed") is not None
+                else ""
+            ),
         ),
     ]
 
@@ -108,7 +114,8 @@ def _judged(enriched: pd.DataFrame) -> str:
     first = enriched.iloc[0]
     return (
         "<p>Every score on the same pairs. A pair <em>carries the new data</em> when at least half of the top examples of its two latents are new rows "
-        "(a check that needs row labels; paired novelty itself needs none). <em>Beyond retraining</em>: less what retraining alone leaves at its indices.</p>"
+        "(a check that needs row labels; paired novelty itself needs none). <em>Beyond retraining</em>: less what retraining alone leaves at its indices. "
+        "<em>Agreed</em>: as far as the other path or the direct finetune has the direction too.</p>"
         + score_table(enriched, NAMES)
         + f'<p class="small muted">{int(first.flagged):,} of {int(first.alive):,} pairs carry the new data: '
         f"{_three(first.flagged / max(first.alive, 1))} is the average precision of a random order.</p>"
@@ -116,15 +123,18 @@ def _judged(enriched: pd.DataFrame) -> str:
 
 
 def _foremost(features: pd.DataFrame, lookup: Lookup) -> str:
+    """The first pairs by the foremost score that the run has."""
     ranked = pairs(features)
-    defined = ranked.pair_novelty.notna().to_numpy()
-    found = ranked[lowest(ranked.pair_novelty.to_numpy(), defined, FOREMOST)].sort_values(["pair_novelty", "feature"])
+    by, said = ("agreed_low", AGREED) if ranked.pair_agreed.notna().any() else ("pair_novelty", "the lowest paired novelty")
+    defined = ranked[by].notna().to_numpy()
+    found = ranked[lowest(ranked[by].to_numpy(), defined, FOREMOST)].sort_values([by, "feature"])
     rank = ranked.set_index("feature").score.rank(method="first")
     shown = snippets(lookup, [int(i) for i in found.feature])
     rows = [
         [
             f"{r.feature} · {r.partner}",
             shown.get(int(r.feature), "–"),
+            _three(r.pair_agreed),
             _three(r.pair_novelty),
             _three(r.novelty_F_D),
             _three(r.pair_novelty - r.novelty_F_D),
@@ -139,6 +149,7 @@ def _foremost(features: pd.DataFrame, lookup: Lookup) -> str:
     head = (
         "F via D · F via M",
         "Strongest example",
+        "Beyond retraining, agreed",
         "Paired novelty",
         "of F via D's",
         "of F via M's",
@@ -148,7 +159,7 @@ def _foremost(features: pd.DataFrame, lookup: Lookup) -> str:
         "x + y",
         "Rank by x + y",
     )
-    return table(head, rows, caption=f"The {len(rows)} pairs with the lowest paired novelty", text_columns=2)
+    return table(head, rows, caption=f"The {len(rows)} pairs with {said}", text_columns=2)
 
 
 def _three(value: Any) -> str:

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["COLUMNS", "STAGES_OF", "compute", "judge", "seconds_of"]
 
 BY_INDEX = ("score", "x", "y", "cos_s_d", "cos_s_m", "cos_s_f_direct")
-BY_PAIR = ("pair_novelty", "excess_low", "excess_contrast_low", "aligned_low", "contrast_low", "paired_x_y")
-LABELLED = ("excess_contrast_low", "aligned_low", "contrast_low")
+BY_PAIR = ("pair_novelty", "excess_low", "agreed_low", "agreed_contrast_low", "aligned_low", "contrast_low", "paired_x_y")
+LABELLED = ("agreed_contrast_low", "aligned_low", "contrast_low")
 BOTH_PATHS = ("S", "D", "M", "F_D", "F_M")
 STAGES_OF: dict[str, tuple[str, ...]] = {
     "score": BOTH_PATHS,
