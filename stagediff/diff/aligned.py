@@ -33,7 +33,7 @@ from stagediff.diff.calibration import benjamini_hochberg, own_p_values, p_value
 from stagediff.diff.decoders import Decoder, aligned_blocks, cosines
 from stagediff.diff.enrichment import COLUMNS as ENRICHMENT_COLUMNS
 from stagediff.diff.enrichment import enrichment
-from stagediff.diff.matching import Matching, Some, candidates, largest_cosine, match
+from stagediff.diff.matching import Masked, Matching, candidates, largest_cosine, match
 from stagediff.diff.null import LEVEL, angles, by_repeat
 from stagediff.diff.procrustes import Turned, common_rotation
 from stagediff.diff.rotations import mean_where_defined, new_share_of_examples
@@ -76,7 +76,7 @@ def compute(spec: AlignSpec, job: "Job") -> dict[str, Any]:
     with job.progress.task("agreement", len(PATHS), "dictionaries") as task:
         agreement = {}
         for stage in PATHS:
-            others = {s: Some(decoders[s], alive[s]) for s in F_STAGES if s != stage}
+            others = {s: Masked(decoders[s], alive[s]) for s in F_STAGES if s != stage}
             agreement[stage] = np.maximum(*largest_cosine(rows[stage], others, job.device).values())
             task.advance(1)
     found = match(rows["F_D"], rows["F_M"], job.device)

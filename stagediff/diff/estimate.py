@@ -20,13 +20,14 @@ def diff(spec: DiffSpec, plan: Plan) -> Estimate:
 
 
 def align(spec: AlignSpec, plan: Plan) -> Estimate:
-    """Candidates of three dictionaries against all of D and M, and against each other (some rounds, of fewer and fewer)."""
+    """Candidates of three dictionaries against all of D and M, those of the two paths against the other two F, and against each other (some rounds, of fewer
+    and fewer)."""
     features = features_of(spec.dictionaries["D"], plan)
     _, d, _ = activation_shape(spec_of(spec.statistics["F_D"], plan).data, plan)
     n = min(features, spec.candidates)
     examples = len(PATHS) * features * spec_of(spec.statistics["F_D"], plan).top
     seconds = 0.4 + 1.5e-8 * len(ALIGNED_STAGES) * features * d + 2e-5 * features + 2e-7 * examples
-    return Estimate(bytes=110 * features, flops=2.0 * n * d * (6 * features + 6 * n), seconds=seconds)
+    return Estimate(bytes=134 * features, flops=2.0 * n * d * (10 * features + 6 * n), seconds=seconds)
 
 
 def null(spec: NullSpec, plan: Plan) -> Estimate:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stagediff.diff.decoders import BLOCK, unit_rows
 
-__all__ = ["Held", "Matching", "Rows", "Some", "candidates", "largest_cosine", "match"]
+__all__ = ["Held", "Masked", "Matching", "Rows", "candidates", "largest_cosine", "match"]
 
 ROWS_AT_ONCE = 4096
 
@@ -40,7 +40,7 @@ class Held:
         return self._rows[start:stop]
 
 
-class Some:
+class Masked:
     """Rows of another, those outside a mask [n] bool as zeros, which match nothing."""
 
     def __init__(self, rows: Rows, mask: np.ndarray):
