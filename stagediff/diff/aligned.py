@@ -11,7 +11,7 @@ excess            of a latent the angle of its novelty less the root mean square
                   pair the sum over its two latents. High = found. Needs no labels, but the retrain null: latents that every training moves take the
                   foremost places of the other scores (docs/decisions/009-own-null.md)
 agreement         of a latent its largest decoder cosine with any alive latent of the other path's F or of the direct finetune. What the data call for is
-                  found again by another training; a latent that took a direction by chance is not, and wide dictionaries are full of those
+                  found again by another training; a direction taken by chance is not, and a wide dictionary may be full of those
 agreed            of a latent its excess, where positive, times the square of its agreement: the share of its direction that another training has too; of a
                   pair the sum over its two latents. High = found. Needs no labels (docs/decisions/015-agreement.md)
 agreed x contrast a pair's agreed excess times the sum of both latents' contrasts, each where positive. High = found. Needs row labels and the retrain null

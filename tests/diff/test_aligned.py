@@ -44,6 +44,15 @@ def statistics(store, of: Ref, firings, mass_base, mass_new, data=FINETUNED) -> 
     return spec.ref
 
 
+def retrained(store, table: pd.DataFrame) -> Ref:
+    """A retrain null of these novelties."""
+    spec = NullSpec(dictionaries={}, statistics={}, nulls={}, null_statistics={})
+    with store.write(spec) as w:
+        w.write_table("null.parquet", table)
+        w.commit(figures={})
+    return spec.ref
+
+
 @pytest.fixture
 def planted(tmp_path):
     """Newborns fire on the finetuned model's new rows only; DATA_ONLY is new in D, so in every later stage too, and fires in both models' new rows."""
@@ -142,12 +151,8 @@ def test_what_no_other_training_has_falls_behind_what_is_born_everywhere(planted
     for stage, at in BORN.items():
         turned[stage][at] += 1.2 * W["D"][:4] / W["D"][:4].norm(dim=1, keepdim=True)
     dictionaries = {**spec.dictionaries, **{s: dictionary(store, rows, 90 + i) for i, (s, rows) in enumerate(turned.items())}}
-    nulls = NullSpec(dictionaries={}, statistics={}, nulls={}, null_statistics={})
     still = pd.DataFrame({"axis": np.repeat(["x", "y"], F), "repeat": 0, "feature": np.tile(np.arange(F), 2), "novelty": 0.99})
-    with store.write(nulls) as w:
-        w.write_table("null.parquet", still)
-        w.commit(figures={})
-    table, _ = compute(store, spec.model_copy(update={"dictionaries": dictionaries, "null": nulls.ref}))
+    table, _ = compute(store, spec.model_copy(update={"dictionaries": dictionaries, "null": retrained(store, still)}))
     assert set(table.nlargest(4, "pair_agreed").feature) == set(BORN["F_D"])
     assert set(table.nlargest(4, "pair_excess").feature) != set(BORN["F_D"])
     assert table.agreement_F_D[100] < 0.9, "its only twin is dead"
@@ -237,11 +242,7 @@ def test_a_newborn_is_found_at_an_index_that_retraining_leaves_empty_too(planted
     usual[:, :, 60] = 0.3
     at = np.stack(np.meshgrid(range(2), range(2), range(F), indexing="ij"), -1).reshape(-1, 3)
     null = pd.DataFrame({"axis": np.array(["x", "y"])[at[:, 0]], "repeat": at[:, 1], "feature": at[:, 2], "novelty": usual.ravel()})
-    nulls = NullSpec(dictionaries={}, statistics={}, nulls={}, null_statistics={})
-    with store.write(nulls) as w:
-        w.write_table("null.parquet", null)
-        w.commit(figures={})
-    table, artifact = compute(store, spec.model_copy(update={"null": nulls.ref}))
+    table, artifact = compute(store, spec.model_copy(update={"null": retrained(store, null)}))
     assert set(table.sort_values("pair_excess", ascending=False).feature.head(4)) == set(BORN["F_D"])
     angle = np.arccos(usual)
     median = np.median(angle[0][np.isfinite(angle[0])])
